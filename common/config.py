@@ -1,0 +1,146 @@
+"""Configuration of every process: one frozen dataclass each, made once in `main`.
+
+A field's metadata carries its help text; `common.flags` turns a dataclass into command-line flags
+and `TANDEM_*` variables (flag > variable > default). Times are in seconds.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from common.errors import ConfigError
+
+TRANSPORTS = ("auto", "shm", "ucx", "tcp", "zmq")
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+def flag(default: Any, help: str, **metadata: Any) -> Any:
+    """A configuration field with its help text.
+
+    metadata: `choices` (allowed values), `short` (one-letter flag), `hidden` (not in --help).
+    """
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogConfig:
+    log_level: str = flag(
+        "info", "least severe level that is logged", choices=("debug", "info", "warning", "error")
+    )
+    log_format: str = flag("text", "log lines for people or for machines", choices=("text", "json"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimerConfig:
+    """Timers of the protocol between processes."""
+
+    heartbeat_s: float = flag(1.0, "interval of pings between router and worker")
+    dead_after: int = flag(3, "missed heartbeats after which a worker is dead")
+    lease_s: float = flag(
+        10.0, "how long a prefill worker keeps blocks for a decode worker that is silent"
+    )
+    stall_s: float = flag(5.0, "a transfer without progress for this long has failed")
+    drain_s: float = flag(30.0, "how long a leaving process finishes what it holds")
+    registry_ttl_s: float = flag(10.0, "life of a worker's registry entry without renewal")
+    router_silence_s: float = flag(
+        10.0, "a worker cancels the requests of a router that is silent for this long"
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("heartbeat_s", "lease_s", "stall_s", "drain_s", "registry_ttl_s"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"--{name.replace('_', '-')} must be above 0")
+        if self.dead_after < 1:
+            raise ConfigError("--dead-after must be at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RedisConfig:
+    redis: str | None = flag(
+        None, "Redis URL, such as redis://127.0.0.1:6379/0; none: `tandem up` starts its own"
+    )
+    namespace: str = flag("default", "prefix of all Redis keys: deployments that share a Redis")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    model: str | None = flag(None, "checkpoint directory or Hugging Face Hub id")
+    revision: str | None = flag(None, "branch, tag or commit of a Hub model")
+    dtype: str = flag("auto", "dtype of weights and KV; auto: bfloat16 where it is fast, else "
+                      "float32", choices=DTYPES)  # fmt: skip
+    block_size: int = flag(0, "tokens per KV block, a multiple of 16; 0: 16 on CPU, 64 on GPU")
+    kv_memory: str | None = flag(
+        None, "memory of one worker's KV pool, such as 512M or 4G; none: from what is free"
+    )
+    max_model_len: int = flag(0, "longest prompt plus output in tokens; 0: what the model allows")
+    max_num_seqs: int = flag(64, "sequences that one worker runs at a time")
+    max_num_batched_tokens: int = flag(512, "token budget of one engine step (chunked prefill)")
+    device: str = flag("auto", "auto, cpu, cuda or cuda:0,1")
+    pin_cores: str | None = flag(
+        None, "pin each worker to its own cores; alone: spread all cores, or a list such as 0,1",
+        const="auto",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        if self.block_size % 16 or self.block_size < 0:
+            raise ConfigError(f"--block-size {self.block_size} is not a multiple of 16")
+        if self.max_num_seqs < 1:
+            raise ConfigError("--max-num-seqs must be at least 1")
+        if self.max_num_batched_tokens < 1:
+            raise ConfigError("--max-num-batched-tokens must be at least 1")
+        if self.max_model_len < 0:
+            raise ConfigError("--max-model-len must not be negative")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerConfig(LogConfig, TimerConfig, RedisConfig, ModelConfig):
+    """One prefill or decode worker."""
+
+    worker_host: str = flag("127.0.0.1", "address that the worker binds and announces")
+    worker_id: str | None = flag(None, "name of this worker; none: a random one")
+    threads: int = flag(0, "compute threads; 0: all cores that this process may use")
+    kv_blocks: int = flag(0, "blocks of the KV pool; 0: from --kv-memory")
+    transport: str = flag("auto", "how KV blocks travel between workers", choices=TRANSPORTS)
+
+    def __post_init__(self) -> None:
+        # Not super(): a slotted dataclass is made anew, so the zero-argument form fails here.
+        TimerConfig.__post_init__(self)
+        ModelConfig.__post_init__(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpConfig:
+    host: str = flag("127.0.0.1", "address that the router's HTTP server binds")
+    port: int = flag(8000, "port of the router's HTTP server; 0: any free one")
+    served_model_name: str | None = flag(None, "name in the API; none: the --model value")
+    api_key: str | None = flag(None, "key that clients must send as a Bearer token")
+    chat_template: str | None = flag(None, "file with a chat template in place of the model's own")
+    max_resumes: int = flag(3, "failures of workers that one request survives")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterConfig(LogConfig, TimerConfig, RedisConfig, HttpConfig):
+    """One router."""
+
+    model: str | None = flag(None, "checkpoint directory or Hub id whose tokenizer is used")
+    revision: str | None = flag(None, "branch, tag or commit of a Hub model")
+    max_model_len: int = flag(0, "longest prompt plus output; 0: what the workers say")
+
+    def __post_init__(self) -> None:
+        TimerConfig.__post_init__(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpConfig(LogConfig, TimerConfig, RedisConfig, ModelConfig, HttpConfig):
+    """A whole deployment on this machine."""
+
+    prefill: int = flag(1, "prefill workers; 0: the decode workers prefill themselves")
+    decode: int = flag(1, "decode workers")
+    transport: str = flag("auto", "how KV blocks travel between workers", choices=TRANSPORTS)
+    kv_blocks: int = flag(0, "blocks of each worker's KV pool; 0: from --kv-memory")
+    start_timeout_s: float = flag(600.0, "how long the workers may take to load the model")
+
+    def __post_init__(self) -> None:
+        TimerConfig.__post_init__(self)
+        ModelConfig.__post_init__(self)
+        if self.prefill < 0 or self.decode < 1:
+            raise ConfigError("--prefill must be at least 0 and --decode at least 1")

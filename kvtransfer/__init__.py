@@ -1,0 +1,1 @@
+"""Moving KV blocks between workers: protocol, transports, sender and receiver."""

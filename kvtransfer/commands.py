@@ -1,0 +1,185 @@
+"""What a worker's engine thread and its I/O thread say to each other about KV transfers.
+
+The engine thread owns the block manager. The I/O thread works on blocks that it was handed
+(offers of the sender, grants of the receiver) and gives every grant back exactly once. Commands
+and events are queued in order; a transfer is named by its `Key` on both sides.
+
+Sender (the worker that prefilled)            Receiver (the worker that decodes)
+  engine -> I/O: Open, Offer*, Close, Abort      I/O -> engine: Wanted, Arrived, Returned
+  I/O -> engine: Ticketed, Delivered, Broken     engine -> I/O: Grant | Wait | Refuse, Revoke
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from common.messages import Peer, TokenLogprob
+
+
+class Key(NamedTuple):
+    """One placement of one request."""
+
+    request: int
+    attempt: int
+
+
+class BlockRef(NamedTuple):
+    """A block to ship: position in the prompt, block of the sender's pool, tokens in it."""
+
+    index: int
+    block: int
+    fill: int
+
+
+class Slot(NamedTuple):
+    """A reserved block of the receiver: position in the prompt, block, generation."""
+
+    index: int
+    block: int
+    generation: int
+
+
+class First(NamedTuple):
+    """The first token of a choice, sampled by the prefill worker."""
+
+    choice: int
+    token: int
+    logprob: TokenLogprob | None
+
+
+# ------------------------------------------------------------ sender: engine -> I/O
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """The first chunk of this prompt is scheduled: ask `peer` for a ticket."""
+
+    key: Key
+    peer: Peer
+    num_tokens: int
+    """Tokens whose KV the receiver needs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """These blocks are complete and stay unchanged until Delivered or Broken."""
+
+    key: Key
+    blocks: tuple[BlockRef, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """Everything was offered; the receiver continues after these first tokens."""
+
+    key: Key
+    first: tuple[First, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """Stop the transfer and tell the receiver. Answered by nothing: the key is forgotten."""
+
+    key: Key
+    reason: str
+
+
+# ------------------------------------------------------------ sender: I/O -> engine
+
+
+@dataclass(frozen=True, slots=True)
+class Ticketed:
+    """The receiver reserved its slots; `wanted` blocks will be shipped."""
+
+    key: Key
+    wanted: int
+
+
+@dataclass(frozen=True, slots=True)
+class Delivered:
+    """The receiver has everything and took over: the sender's blocks may be released."""
+
+    key: Key
+    blocks: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """The transfer failed (refused, stalled, lease over, peer lost): release the blocks."""
+
+    key: Key
+    reason: str
+    detail: str
+
+
+# ------------------------------------------------------------ receiver: I/O -> engine
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A sender asks for slots for this prompt. Repeated until answered; idempotent."""
+
+    key: Key
+    source: Peer
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """Every granted slot was filled and verified; the grant is given back."""
+
+    key: Key
+    first: tuple[First, ...]
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """The grant is given back unfinished: `landed` (indices) were filled and verified.
+
+    Follows a Revoke, or comes by itself when the transfer failed (`reason`: `revoked`, `aborted`,
+    `finished`, `stalled`, `peer`, `incomplete`). Nothing writes to the slots any more.
+    """
+
+    key: Key
+    landed: tuple[int, ...]
+    reason: str
+
+
+# ------------------------------------------------------------ receiver: engine -> I/O
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Write the blocks of this prompt that are still missing into these slots."""
+
+    key: Key
+    slots: tuple[Slot, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """No blocks yet; a Grant or a Refuse follows later."""
+
+    key: Key
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """No slots will be given: `gone` (unknown or ended attempt), `no_blocks`, `draining`."""
+
+    key: Key
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Revoke:
+    """End the grant; answered by Returned (also when it is already on its way back)."""
+
+    key: Key
+
+
+SenderCommand = Open | Offer | Close | Abort
+SenderEvent = Ticketed | Delivered | Broken
+ReceiverCommand = Grant | Wait | Refuse | Revoke
+ReceiverEvent = Wanted | Arrived | Returned
