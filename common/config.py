@@ -21,7 +21,7 @@ def flag(default: Any, help: str, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": help, **metadata})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class LogConfig:
     log_level: str = flag(
         "info", "least severe level that is logged", choices=("debug", "info", "warning", "error")
@@ -29,7 +29,7 @@ class LogConfig:
     log_format: str = flag("text", "log lines for people or for machines", choices=("text", "json"))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class TimerConfig:
     """Timers of the protocol between processes."""
 
@@ -53,7 +53,7 @@ class TimerConfig:
             raise ConfigError("--dead-after must be at least 1")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class RedisConfig:
     redis: str | None = flag(
         None, "Redis URL, such as redis://127.0.0.1:6379/0; none: `tandem up` starts its own"
@@ -61,7 +61,7 @@ class RedisConfig:
     namespace: str = flag("default", "prefix of all Redis keys: deployments that share a Redis")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     model: str | None = flag(None, "checkpoint directory or Hugging Face Hub id")
     revision: str | None = flag(None, "branch, tag or commit of a Hub model")
@@ -91,7 +91,7 @@ class ModelConfig:
             raise ConfigError("--max-model-len must not be negative")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class WorkerConfig(LogConfig, TimerConfig, RedisConfig, ModelConfig):
     """One prefill or decode worker."""
 
@@ -102,12 +102,12 @@ class WorkerConfig(LogConfig, TimerConfig, RedisConfig, ModelConfig):
     transport: str = flag("auto", "how KV blocks travel between workers", choices=TRANSPORTS)
 
     def __post_init__(self) -> None:
-        # Not super(): a slotted dataclass is made anew, so the zero-argument form fails here.
+        # One call each: the bases are siblings and do not call each other.
         TimerConfig.__post_init__(self)
         ModelConfig.__post_init__(self)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class HttpConfig:
     host: str = flag("127.0.0.1", "address that the router's HTTP server binds")
     port: int = flag(8000, "port of the router's HTTP server; 0: any free one")
@@ -117,7 +117,7 @@ class HttpConfig:
     max_resumes: int = flag(3, "failures of workers that one request survives")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class RouterConfig(LogConfig, TimerConfig, RedisConfig, HttpConfig):
     """One router."""
 
@@ -129,7 +129,7 @@ class RouterConfig(LogConfig, TimerConfig, RedisConfig, HttpConfig):
         TimerConfig.__post_init__(self)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class UpConfig(LogConfig, TimerConfig, RedisConfig, ModelConfig, HttpConfig):
     """A whole deployment on this machine."""
 

@@ -230,8 +230,8 @@ ToWorker = Attach | Ping | Prefill | Admit | Cancel | Inspect
 ToRouter = Attached | Pong | Step | Failed | Inspected | Leaving
 
 _encoder = msgspec.msgpack.Encoder()
-_to_worker = msgspec.msgpack.Decoder(ToWorker)
-_to_router = msgspec.msgpack.Decoder(ToRouter)
+_to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
+_to_router: msgspec.msgpack.Decoder[ToRouter] = msgspec.msgpack.Decoder(ToRouter)
 
 
 def encode(message: ToWorker | ToRouter) -> bytes:

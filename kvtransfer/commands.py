@@ -25,7 +25,7 @@ class Key(NamedTuple):
 class BlockRef(NamedTuple):
     """A block to ship: position in the prompt, block of the sender's pool, tokens in it."""
 
-    index: int
+    position: int
     block: int
     fill: int
 
@@ -33,7 +33,7 @@ class BlockRef(NamedTuple):
 class Slot(NamedTuple):
     """A reserved block of the receiver: position in the prompt, block, generation."""
 
-    index: int
+    position: int
     block: int
     generation: int
 
@@ -135,7 +135,7 @@ class Arrived:
 
 @dataclass(frozen=True, slots=True)
 class Returned:
-    """The grant is given back unfinished: `landed` (indices) were filled and verified.
+    """The grant is given back unfinished: `landed` (positions) were filled and verified.
 
     Follows a Revoke, or comes by itself when the transfer failed (`reason`: `revoked`, `aborted`,
     `finished`, `stalled`, `peer`, `incomplete`). Nothing writes to the slots any more.
