@@ -16,7 +16,8 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 def flag(default: Any, help: str, **metadata: Any) -> Any:
     """A configuration field with its help text.
 
-    metadata: `choices` (allowed values), `short` (one-letter flag), `hidden` (not in --help).
+    metadata: `choices` (allowed values), `const` (value of a flag that stands alone), `short`
+    (one-letter flag), `hidden` (not in --help), `secret` (given to children as a variable).
     """
     return field(default=default, metadata={"help": help, **metadata})
 
@@ -56,8 +57,9 @@ class TimerConfig:
 @dataclass(frozen=True, kw_only=True)
 class RedisConfig:
     redis: str | None = flag(
-        None, "Redis URL, such as redis://127.0.0.1:6379/0; none: `tandem up` starts its own"
-    )
+        None, "Redis URL, such as redis://127.0.0.1:6379/0; none: `tandem up` starts its own",
+        secret=True,
+    )  # fmt: skip
     namespace: str = flag("default", "prefix of all Redis keys: deployments that share a Redis")
 
 
@@ -112,7 +114,7 @@ class HttpConfig:
     host: str = flag("127.0.0.1", "address that the router's HTTP server binds")
     port: int = flag(8000, "port of the router's HTTP server; 0: any free one")
     served_model_name: str | None = flag(None, "name in the API; none: the --model value")
-    api_key: str | None = flag(None, "key that clients must send as a Bearer token")
+    api_key: str | None = flag(None, "key that clients must send as a Bearer token", secret=True)
     chat_template: str | None = flag(None, "file with a chat template in place of the model's own")
     max_resumes: int = flag(3, "failures of workers that one request survives")
 

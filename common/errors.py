@@ -2,6 +2,7 @@
 
 TandemError
 ├── ConfigError        a flag, a file or a checkpoint that cannot be used; ends the process, code 1
+│   ├── UsageError     a command line or a variable that makes no sense; code 2
 │   └── ModelError     a checkpoint that is missing, corrupt or of an unsupported architecture
 ├── ProtocolError      bytes from another process that are not a valid message for this one
 └── RequestError       a client's request that cannot be served; carries the HTTP answer
@@ -16,6 +17,10 @@ class TandemError(Exception):
 
 class ConfigError(TandemError):
     """The process cannot run as configured; `str()` is one line for the operator."""
+
+
+class UsageError(ConfigError):
+    """The command line or a `TANDEM_*` variable is wrong; ends the process with code 2."""
 
 
 class ModelError(ConfigError):
