@@ -1,0 +1,1 @@
+"""The small model that is served by default, and the programs that made it."""

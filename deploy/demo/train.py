@@ -1,0 +1,208 @@
+"""Trains the demo model: ``python -m deploy.demo.train --steps 6000 --minutes 75``.
+
+The text is assembled by ``corpus.py``, ``chat.py`` and ``data.py``.  Given the seed, the number of
+steps and the number of threads, a run is a function of its text: the batch of a step depends on the
+seed and the step only, so that ``--resume`` continues as if nothing had happened.  ``--minutes``
+only stops.
+
+The last fifth of the steps adds sequence-level unlikelihood (Welleck et al., 2019): the model
+continues some prefixes greedily, and tokens that complete an n-gram already seen are made less
+likely.  Without it a model of this size loops under greedy decoding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from deploy.demo import chat
+from deploy.demo.data import VOCABULARY, Tokens, batch, prepare
+from deploy.demo.export import export
+
+HERE = Path(__file__).resolve().parent
+CONTEXT = 2048
+BATCH, LENGTH = 16, 256  # of most steps
+LONG_BATCH, LONG_EVERY, LONG_FROM = 2, 8, 0.6  # every eighth step, the whole context
+REPEAT_EVERY, REPEAT_FROM, REPEAT_WEIGHT = 4, 0.8, 0.5
+PREFIX, CONTINUATION, NGRAM = 24, 80, 5
+PEAK_RATE, WARMUP, DECAY_FROM = 3e-3, 100, 0.6
+
+
+def rate(step: int, steps: int) -> float:
+    """Warm-up, a constant rate, then a linear decay to a hundredth of it."""
+    decay = (step - DECAY_FROM * steps) / ((1 - DECAY_FROM) * steps)
+    return PEAK_RATE * min(1.0, (step + 1) / WARMUP) * min(1.0, max(0.01, 1 - decay))
+
+
+def cross_entropy(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
+    return functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
+def repeated(tokens: list[int], start: int) -> list[int]:
+    """The positions from ``start`` on that complete an n-gram which occurred before."""
+    seen: set[tuple[int, ...]] = set()
+    found = []
+    for end in range(NGRAM, len(tokens) + 1):
+        gram = tuple(tokens[end - NGRAM : end])
+        if gram in seen and end > start:
+            found.append(end - 1)
+        seen.add(gram)
+    return found
+
+
+def repetition(model: Any, prefixes: torch.Tensor, eos: int) -> torch.Tensor:
+    """The unlikelihood of the repeats in the greedy continuations of ``prefixes``."""
+    model.eval()
+    with torch.no_grad():
+        tokens, cache = prefixes, None
+        for _ in range(CONTINUATION):
+            fed = tokens if cache is None else tokens[:, -1:]
+            output = model(input_ids=fed, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            tokens = torch.cat([tokens, output.logits[:, -1:].argmax(-1)], dim=1)
+    model.train()
+    mask = torch.zeros_like(tokens[:, 1:], dtype=torch.float32)
+    for row, sequence in enumerate(tokens.tolist()):
+        end = sequence.index(eos, PREFIX) if eos in sequence[PREFIX:] else len(sequence)
+        for position in repeated(sequence[:end], PREFIX):
+            mask[row, position - 1] = 1.0
+    if not mask.any():
+        return torch.zeros(())
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
+    chosen = functional.log_softmax(logits.float(), -1).gather(-1, tokens[:, 1:, None])[..., 0]
+    unlikelihood = -torch.log1p(-chosen.exp().clamp(max=1 - 1e-4))
+    return (unlikelihood * mask).sum() / mask.sum()
+
+
+@torch.no_grad()
+def evaluate(model: Any, held_out: Tokens) -> float:
+    """Mean loss per token over the text held out, in windows of the usual length."""
+    count = (len(held_out) - 1) // LENGTH
+    windows = [held_out[i * LENGTH : (i + 1) * LENGTH + 1] for i in range(count)]
+    rows: Any = torch.from_numpy(np.stack(windows))
+    losses = [cross_entropy(model, part).item() * len(part) for part in rows.split(BATCH)]
+    return sum(losses) / len(rows)
+
+
+def build(tokenizer: Any, seed: int) -> Any:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=640,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.token_to_id(chat.BOS),
+        eos_token_id=tokenizer.token_to_id(chat.EOS),
+        pad_token_id=tokenizer.token_to_id(chat.PAD),
+    )
+    return LlamaForCausalLM(config)
+
+
+def train(arguments: argparse.Namespace) -> None:
+    began = time.monotonic()
+    torch.set_num_threads(arguments.threads)
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    tokenizer, data, facts = prepare(arguments.docs, arguments.package, arguments.seed)
+    print(json.dumps(facts["corpus"]), flush=True)
+    model = build(tokenizer, arguments.seed)
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.95), fused=True)
+    checkpoint = arguments.work / "checkpoint.pt"
+    step, spent, curve = 0, 0.0, []
+    if arguments.resume and checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        if state["sha256"] != facts["corpus"]["sha256"]:
+            raise SystemExit("the checkpoint belongs to another text")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, spent, curve = state["step"], state["seconds"], state["curve"]
+
+    def save() -> None:
+        torch.save(
+            {
+                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
+                "seconds": spent + time.monotonic() - began, "curve": curve,
+                "sha256": facts["corpus"]["sha256"],
+            },
+            checkpoint.with_suffix(".new"),
+        )  # fmt: skip
+        checkpoint.with_suffix(".new").replace(checkpoint)
+
+    saved, average, repeats, eos = time.monotonic(), math.nan, math.nan, model.config.eos_token_id
+    model.train()
+    while step < arguments.steps and time.monotonic() - began < arguments.minutes * 60:
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step, arguments.steps)
+        progress = step / arguments.steps
+        whole = progress >= LONG_FROM and step % LONG_EVERY == 0
+        rows, length = (LONG_BATCH, CONTEXT) if whole else (BATCH, LENGTH)
+        tokens = batch(data, arguments.seed, step, rows, length)
+        loss: Any = cross_entropy(model, tokens)
+        average = loss.item() if math.isnan(average) else 0.98 * average + 0.02 * loss.item()
+        if progress >= REPEAT_FROM and step % REPEAT_EVERY == 1:
+            extra = repetition(model, tokens[:, :PREFIX], eos)
+            repeats = extra.item()
+            loss = loss + REPEAT_WEIGHT * extra
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        if step % 250 == 0 or step == arguments.steps:
+            model.eval()
+            curve.append([step, round(average, 4), round(evaluate(model, data.held_out), 4)])
+            model.train()
+        if step % 50 == 0:
+            seconds = spent + time.monotonic() - began
+            print(f"step {step}/{arguments.steps} loss {average:.3f} repeats {repeats:.3f} "
+                  f"held out {curve[-1][2] if curve else math.nan:.3f} "
+                  f"minutes {seconds / 60:.1f}", flush=True)  # fmt: skip
+        if time.monotonic() - saved > 180:
+            save()
+            saved = time.monotonic()
+    save()
+    record = {
+        "corpus": facts["corpus"], "seed": arguments.seed, "steps": step, "of": arguments.steps,
+        "minutes": round((spent + time.monotonic() - began) / 60, 1), "curve": curve,
+    }  # fmt: skip
+    export(model, tokenizer, facts["words"], record, arguments.out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--docs", type=Path, help="directory of the HTML pages of the Python docs")
+    parser.add_argument("--package", action="append", default=[], help="add its docstrings")
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--minutes", type=float, default=75.0, help="stop after this long")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
+    parser.add_argument("--work", type=Path, default=Path(".cache/demo"), help="for checkpoints")
+    parser.add_argument("--out", type=Path, default=HERE / "model")
+    arguments = parser.parse_args()
+    default = Path("/usr/share/doc/python3.11/html")
+    if arguments.docs is None and default.is_dir():
+        arguments.docs = default
+    train(arguments)
+
+
+if __name__ == "__main__":
+    main()
