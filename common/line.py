@@ -1,0 +1,245 @@
+"""One connection of a router to a worker, from connect to loss; owned by `common.link`.
+
+    connecting --handshake--> Attach sent --Attached--> up --Down--> over (a new Line follows)
+
+ZMQ retries while connecting, with exponential backoff. Once up, the first sign of trouble ends
+the line: whatever the worker was doing for this router is lost then, so there is nothing to
+resume. What lies unread in the socket is delivered before the Down.
+"""
+
+import errno
+import logging
+import secrets
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any, Final
+
+import zmq
+import zmq.asyncio
+from zmq.utils.monitor import parse_monitor_message
+
+from common.config import TimerConfig
+from common.errors import ProtocolError
+from common.messages import (
+    VERSION,
+    Attach,
+    Attached,
+    Ping,
+    Pong,
+    ToRouter,
+    ToWorker,
+    WorkerInfo,
+    decode_for_router,
+    encode,
+)
+
+log = logging.getLogger(__name__)
+
+QUEUE: Final = 10_000
+"""Messages that wait in one direction of one connection before the peer counts as lost."""
+MAX_MESSAGE_BYTES: Final = 256 << 20
+RECONNECT_MS: Final = (50, 2_000)
+"""First and longest interval between attempts to connect."""
+DRAIN: Final = 256
+"""Messages that are read before the next look at the clock."""
+
+
+@dataclass(frozen=True, slots=True)
+class Up:
+    """The worker answered: it may be sent work."""
+
+    info: WorkerInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    worker_id: str
+    message: ToRouter
+
+
+@dataclass(frozen=True, slots=True)
+class Down:
+    """Everything that the worker was doing for this router is lost.
+
+    reason: `closed` (connection), `silent` (missed heartbeats), `epoch` (the worker began a new
+    life), `moved` (new address), `full` (it does not read); `address`, `version` or `id`: it
+    never was up and is not tried again until the registry shows another epoch or address.
+    """
+
+    worker_id: str
+    reason: str
+
+
+LinkEvent = Up | Message | Down
+
+
+def limit(socket: zmq.asyncio.Socket, heartbeat_s: float, timeout_s: float) -> None:
+    """Options of both ends: bounded queues and messages, nothing kept on close, and ZMTP
+    heartbeats, so that a peer without power or network is noticed as well."""
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.SNDHWM, QUEUE)
+    socket.setsockopt(zmq.RCVHWM, QUEUE)
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+    socket.setsockopt(zmq.HEARTBEAT_IVL, int(heartbeat_s * 1000))
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(timeout_s * 1000))
+
+
+def try_send(socket: zmq.asyncio.Socket, frames: Sequence[bytes]) -> bool:
+    """Send without waiting; False if the peer is gone or its queue is full."""
+    sent: Any = socket.send_multipart(frames, zmq.NOBLOCK)
+    error = sent.exception()  # a NOBLOCK send is done when it returns
+    if error is None:
+        return True
+    if isinstance(error, zmq.ZMQError) and error.errno in (errno.EAGAIN, errno.EHOSTUNREACH):
+        return False
+    raise error
+
+
+async def _try_receive(socket: zmq.asyncio.Socket) -> list[bytes] | None:
+    try:
+        return await socket.recv_multipart(zmq.NOBLOCK)
+    except zmq.Again:
+        return None
+
+
+class Line:
+    """`info` is what the registry says until the worker is up, then what it said itself."""
+
+    def __init__(
+        self, context: zmq.asyncio.Context, router: str, info: WorkerInfo, timers: TimerConfig
+    ) -> None:
+        self.info = info
+        self.up = False
+        self.refused = False
+        self.malformed = 0
+        self._router = router
+        self._timers = timers
+        self._greeted = False
+        """The ZMTP handshake of the present connection is done."""
+        self._pings = 0
+        self._unanswered = 0
+        self._socket = context.socket(zmq.DEALER)
+        limit(self._socket, timers.heartbeat_s, timers.heartbeat_s * (timers.dead_after + 1))
+        self._socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS[0])
+        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MS[1])
+        self._socket.setsockopt(zmq.IPV6, int("[" in info.address))
+        # Never begins with a zero byte, which ZMQ keeps for identities of its own making.
+        identity = b"r" + blake2b(router.encode(), digest_size=7).digest() + secrets.token_bytes(8)
+        self._socket.setsockopt(zmq.IDENTITY, identity)
+        self._monitor: zmq.asyncio.Socket = self._socket.get_monitor_socket(
+            zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+        )
+
+    def close(self) -> None:
+        self._socket.disable_monitor()
+        self._monitor.close(linger=0)
+        self._socket.close(linger=0)
+
+    def send(self, message: ToWorker) -> bool:
+        """False if the worker's queue is full."""
+        return try_send(self._socket, [encode(message)])
+
+    async def events(self) -> AsyncGenerator[LinkEvent, None]:
+        """Up, then Messages, then one Down; or only a Down. Nothing while it cannot connect."""
+        try:
+            self._socket.connect(self.info.address)
+        except zmq.ZMQError as error:
+            log.warning("worker %s: bad address %r: %s", self.info.id, self.info.address, error)
+            yield self._refuse("address")
+            return
+        poller = zmq.asyncio.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._monitor, zmq.POLLIN)
+        tick = time.monotonic() + self._timers.heartbeat_s
+        while True:
+            await poller.poll(max(0.0, tick - time.monotonic()) * 1000)
+            lost = await self._read_monitor() and self.up
+            for message in await self._unread(everything=lost):
+                event = self._take(message)
+                if event is not None:
+                    yield event
+                if isinstance(event, Down):
+                    return
+            if lost:
+                yield self._down("closed")
+                return
+            if time.monotonic() >= tick:
+                # Unread answers were taken above, so a pause of the router blames nobody.
+                tick = time.monotonic() + self._timers.heartbeat_s
+                trouble = self._beat()
+                if trouble:
+                    yield self._down(trouble)
+                    return
+
+    async def _read_monitor(self) -> bool:
+        """Greets after each handshake; True if a connection was lost."""
+        lost = False
+        while (frames := await _try_receive(self._monitor)) is not None:
+            event = parse_monitor_message(frames)
+            self._greeted = event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED
+            if self._greeted:
+                self.send(Attach(self._router, VERSION))
+            else:
+                lost = True
+        return lost
+
+    async def _unread(self, everything: bool) -> list[ToRouter]:
+        messages: list[ToRouter] = []
+        for _ in range(QUEUE if everything else DRAIN):
+            frames = await _try_receive(self._socket)
+            if frames is None:
+                break
+            try:
+                if len(frames) != 1:
+                    raise ProtocolError(f"{len(frames)} frames instead of 1")
+                messages.append(decode_for_router(frames[0]))
+            except ProtocolError as error:
+                self.malformed += 1
+                log.debug("dropped a message from worker %s: %s", self.info.id, error)
+        if messages:
+            self._unanswered = 0
+        return messages
+
+    def _take(self, message: ToRouter) -> LinkEvent | None:
+        if isinstance(message, Attached):
+            return None if self.up else self._attached(message.info)
+        if not self.up:
+            return None
+        if isinstance(message, Pong) and message.epoch != self.info.epoch:
+            return self._down("epoch")
+        return Message(self.info.id, message)
+
+    def _attached(self, info: WorkerInfo) -> LinkEvent:
+        if info.version != VERSION:
+            log.error(
+                "worker %s speaks protocol version %d, not %d", info.id, info.version, VERSION
+            )
+            return self._refuse("version")
+        if info.id != self.info.id:
+            log.error("%s is worker %s, not %s", self.info.address, info.id, self.info.id)
+            return self._refuse("id")
+        self.info = info
+        self.up = True
+        return Up(info)
+
+    def _beat(self) -> str:
+        """Sends what is due; the reason if the worker is lost, else empty."""
+        if not self.up:
+            if self._greeted:
+                self.send(Attach(self._router, VERSION))
+            return ""
+        if self._unanswered >= self._timers.dead_after:
+            return "silent"
+        self._unanswered += 1
+        self._pings += 1
+        return "" if self.send(Ping(self._pings)) else "full"
+
+    def _refuse(self, reason: str) -> Down:
+        self.refused = True
+        return Down(self.info.id, reason)
+
+    def _down(self, reason: str) -> Down:
+        self.up = False
+        return Down(self.info.id, reason)

@@ -1,0 +1,162 @@
+"""What Redis holds: the names of the keys and the form of the records (DESIGN of the directory).
+
+    tandem:{ns}:workers              set of worker ids
+    tandem:{ns}:worker:{id}          hash with TTL, one JSON value per field of WorkerInfo
+    tandem:{ns}:blocks:{id}@{epoch}  msgpack Snapshot, TTL 60 s
+    tandem:{ns}:events               stream; field `e` of each entry is a msgpack Event
+
+Workers write (`common.registry`), routers read (`router.directory`). A worker numbers its
+Changed events from 1 in each epoch; a Snapshot and a Digest describe its blocks after the event
+with their number, so that a reader can join them with the stream or see that it missed some.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import msgspec
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from common.blockhash import HASH_BYTES, BlockHash
+from common.errors import ConfigError, ProtocolError
+from common.messages import WorkerInfo
+
+TIMEOUT_S: Final = 2.0
+"""Every command is answered within this time or Redis counts as unreachable."""
+SNAPSHOT_TTL_S: Final = 60
+SHARED_TTL_S: Final = 3_600
+"""Life of the keys that no single worker owns, after the last worker renewed them."""
+MAX_EVENTS: Final = 10_000
+"""About as many events stay in the stream; a reader that is slower reads snapshots."""
+EVENT_HASHES: Final = 512
+"""Hashes in one Changed event at most."""
+FIRST_RETRY_S: Final = 0.05
+LAST_RETRY_S: Final = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    namespace: str
+
+    @property
+    def workers(self) -> str:
+        return f"tandem:{self.namespace}:workers"
+
+    @property
+    def events(self) -> str:
+        return f"tandem:{self.namespace}:events"
+
+    def worker(self, id: str) -> str:
+        return f"tandem:{self.namespace}:worker:{id}"
+
+    def blocks(self, id: str, epoch: int) -> str:
+        return f"tandem:{self.namespace}:blocks:{id}@{epoch}"
+
+
+class Joined(msgspec.Struct, frozen=True, tag="joined"):
+    """The worker is new, began a new epoch or changed its description: read it now."""
+
+    worker: str
+    epoch: int
+
+
+class Left(msgspec.Struct, frozen=True, tag="left"):
+    worker: str
+    epoch: int
+
+
+class Changed(msgspec.Struct, frozen=True, tag="changed"):
+    """Blocks that can be matched now, and blocks that no longer can; packed hashes."""
+
+    worker: str
+    epoch: int
+    seq: int
+    stored: bytes
+    evicted: bytes
+
+
+class Digest(msgspec.Struct, frozen=True, tag="digest"):
+    """Number and xor of all hashes that the worker holds; also a sign of life."""
+
+    worker: str
+    epoch: int
+    seq: int
+    count: int
+    xor: bytes
+
+
+Event = Joined | Left | Changed | Digest
+
+
+class Snapshot(msgspec.Struct, frozen=True, array_like=True):
+    """All blocks of a worker after event `seq`, which comes no earlier than `stream_id`'s
+    successor or is already in the stream before it."""
+
+    seq: int
+    stream_id: str
+    hashes: bytes
+
+
+_events: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
+_snapshots: msgspec.msgpack.Decoder[Snapshot] = msgspec.msgpack.Decoder(Snapshot)
+
+
+def decode_event(fields: dict[bytes, bytes]) -> Event:
+    """Raises ProtocolError."""
+    try:
+        return _events.decode(fields[b"e"])
+    except (KeyError, UnicodeDecodeError, msgspec.DecodeError) as error:
+        raise ProtocolError(f"bad event: {error}") from error
+
+
+def decode_snapshot(data: bytes) -> Snapshot:
+    """Raises ProtocolError."""
+    try:
+        return _snapshots.decode(data)
+    except (UnicodeDecodeError, msgspec.DecodeError) as error:
+        raise ProtocolError(f"bad snapshot: {error}") from error
+
+
+def encode_info(info: WorkerInfo) -> dict[str, bytes]:
+    """The hash of a worker, readable in redis-cli."""
+    return {name: msgspec.json.encode(getattr(info, name)) for name in info.__struct_fields__}
+
+
+def decode_info(fields: dict[bytes, bytes]) -> WorkerInfo:
+    """Raises ProtocolError."""
+    try:
+        values = {name.decode(): msgspec.json.decode(value) for name, value in fields.items()}
+        return msgspec.convert(values, WorkerInfo)
+    except (UnicodeDecodeError, msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise ProtocolError(f"bad worker: {error}") from error
+
+
+def unpack_hashes(data: bytes) -> list[BlockHash]:
+    """Raises ProtocolError if `data` is not a whole number of hashes."""
+    if len(data) % HASH_BYTES:
+        raise ProtocolError(f"{len(data)} bytes of hashes")
+    return [BlockHash(data[i : i + HASH_BYTES]) for i in range(0, len(data), HASH_BYTES)]
+
+
+def xor_hashes(hashes: Iterable[BlockHash]) -> int:
+    result = 0
+    for h in hashes:
+        result ^= int.from_bytes(h, "little")
+    return result
+
+
+def open_redis(url: str) -> "Redis[Any]":
+    """A client with short timeouts and no retries of its own: its users reconnect themselves,
+    because they must know that Redis was away. Raises ConfigError for a bad URL."""
+    try:
+        return Redis.from_url(
+            url,
+            socket_timeout=TIMEOUT_S,
+            socket_connect_timeout=TIMEOUT_S,
+            retry=Retry(NoBackoff(), 0),
+            protocol=2,
+        )
+    except ValueError as error:
+        raise ConfigError(f"bad Redis URL {url!r}: {error}") from error
