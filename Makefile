@@ -1,0 +1,55 @@
+# What a contributor and a newcomer type. Everything is installed into .venv, nothing by hand.
+
+PYTHON ?= python3
+# Package index for torch alone, such as that of its CPU builds; empty: pip's own configuration.
+TORCH_INDEX ?=
+TORCH := torch>=2.8,<2.14
+
+# For `make serve`; ARGS takes any flag of `tandem up`.
+PORT ?= 8000
+MODEL ?=
+PREFILL ?= 1
+DECODE ?= 1
+ARGS ?=
+# For `make test`: arguments of pytest.
+TESTS ?=
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: install serve test lint format types check clean
+
+install: $(INSTALLED)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Tandem needs Python 3.11 or newer: make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+
+# torch first, so that its index serves torch alone and an installed one is kept.
+$(INSTALLED): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+serve: $(INSTALLED)
+	@exec $(BIN)/tandem up --port $(PORT) --prefill $(PREFILL) --decode $(DECODE) $(if $(MODEL),--model '$(MODEL)') $(ARGS)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(TESTS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+check: lint types test
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

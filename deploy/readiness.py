@@ -1,0 +1,73 @@
+"""Asks the processes of a deployment whether they do their work. Used by the supervisor.
+
+A worker is ready when the registry shows it with the pid of its present life; the router when its
+`/health` says 200; Redis when it answers.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from urllib.parse import urlsplit
+
+import redis
+import redis.asyncio
+from common.registry import worker_key
+
+from deploy.process import Process
+
+ANSWER_S = 2.0
+
+
+async def http_status(url: str) -> int:
+    """Status of a GET; 0 if nobody answers in time."""
+    parts = urlsplit(url)
+    try:
+        async with asyncio.timeout(ANSWER_S):
+            reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+            try:
+                writer.write(
+                    f"GET {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\n"
+                    "Connection: close\r\n\r\n".encode()
+                )
+                words = (await reader.readline()).split()
+            finally:
+                writer.close()
+    except (OSError, TimeoutError):
+        return 0
+    return int(words[1]) if len(words) > 1 and words[1].isdigit() else 0
+
+
+class DeploymentReadiness:
+    """redis_name and router_name: names of those processes; every other one is a worker.
+
+    workers: worker id by process name.
+    """
+
+    def __init__(
+        self, redis_url: str, namespace: str, router_url: str, workers: dict[str, str]
+    ) -> None:
+        self._redis_url = redis_url
+        self._namespace = namespace
+        self._router_url = router_url
+        self._workers = workers
+
+    async def ready(self, starting: Sequence[Process]) -> set[str]:
+        result: set[str] = set()
+        client = redis.asyncio.Redis.from_url(
+            self._redis_url, socket_connect_timeout=ANSWER_S, socket_timeout=ANSWER_S
+        )
+        try:
+            await client.ping()
+            result.add("redis")
+            for process in starting:
+                if process.name in self._workers:
+                    key = worker_key(self._namespace, self._workers[process.name])
+                    if await client.hget(key, "pid") == str(process.pid).encode():
+                        result.add(process.name)
+        except (redis.RedisError, OSError):
+            pass  # it starts, or starts again: asked again soon
+        finally:
+            await client.aclose()
+        if any(process.name == "router" for process in starting):
+            if await http_status(f"{self._router_url}/health") == 200:
+                result.add("router")
+        return result
