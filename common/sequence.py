@@ -33,6 +33,8 @@ class Sequence:
     """Tokens whose KV is in `blocks`."""
     num_cached: int = 0
     """Prompt tokens that were found in the prefix cache."""
+    arrival: int = 0
+    """Rank by the time at which the worker took the request; set by the decode engine."""
 
     @property
     def num_tokens(self) -> int:

@@ -1,0 +1,68 @@
+"""Every Prometheus metric of a worker, named once, and the text that /metrics answers.
+
+Counters and histograms are updated by the thread in which the event happens; the client library
+is safe for that. Labels are bounded: no request, router or peer in any of them.
+"""
+
+from collections.abc import Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from common.messages import Ledger, Load
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+STEP_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+BLOCK_STATES = ("free", "cached", "in_use", "leased", "receiving", "draining")
+
+
+class WorkerMetrics:
+    """The metrics of one worker process, in a registry of their own."""
+
+    def __init__(self, role: str) -> None:
+        self.registry = CollectorRegistry()
+        prompt = self._counter(
+            "prompt_tokens", "Prompt tokens by where their KV came from", "source"
+        )
+        self.computed_tokens = prompt.labels("computed")
+        self.cached_tokens = prompt.labels("cached")
+        self.generated_tokens = self._counter("generated_tokens", "Tokens that were sampled")
+        self.steps = self._counter("engine_steps", "Engine steps")
+        self.step_seconds = Histogram(
+            "tandem_step_seconds",
+            "Time of one engine step",
+            buckets=STEP_BUCKETS,
+            registry=self.registry,
+        )
+        self.preemptions = self._counter("preemptions", "Sequences that gave their blocks up")
+        self.requests = self._counter("requests", "Attempts that ended here", "outcome")
+        self.dropped = self._counter("dropped_messages", "Messages of unknown attempts", "kind")
+        self.resets = self._counter("resets", "Pauses longer than the lease")
+        self.running = self._gauge("running", "Sequences that are computed")
+        self.waiting = self._gauge("waiting", "Sequences that wait for blocks or for their KV")
+        self.blocks = self._gauge("kv_blocks", "Blocks of the KV pool by state", "state")
+        self.transfers = self._gauge("transfer", "Counters of the KV transfers", "counter")
+        self.info = self._gauge("worker", "Always 1; the role of this worker", "role")
+        self.info.labels(role).set(1)
+
+    def _counter(self, name: str, help: str, *labels: str) -> Counter:
+        return Counter(f"tandem_{name}", help, labels, registry=self.registry)
+
+    def _gauge(self, name: str, help: str, *labels: str) -> Gauge:
+        return Gauge(f"tandem_{name}", help, labels, registry=self.registry)
+
+    def show(self, load: Load, ledger: Ledger) -> None:
+        """Take over the gauges of the engine, after a step."""
+        self.running.set(load.running)
+        self.waiting.set(load.waiting)
+        for state in BLOCK_STATES:
+            self.blocks.labels(state).set(getattr(ledger, state))
+
+    def show_transfers(self, counters: Mapping[str, int]) -> None:
+        """Take over the counters of the transfer endpoint, before a scrape."""
+        for name, value in counters.items():
+            self.transfers.labels(name).set(value)
+
+    def render(self) -> bytes:
+        """The text exposition of all metrics."""
+        return generate_latest(self.registry)

@@ -1,0 +1,119 @@
+"""Which prompts a prefill worker computes next: first come first served, in shared chunks.
+
+A prompt gets all its blocks when its first chunk is scheduled, so a started prompt never waits
+for memory. Used by `prefill.engine`, in the engine thread; owns the queue, not the transfers.
+"""
+
+from collections import Counter, deque
+from dataclasses import dataclass
+
+from common.kv.blocks import BlockManager
+from common.messages import Peer
+from common.schedule import Chunk, Limits, chunk_size, start, stop
+from common.sequence import Sequence
+
+
+@dataclass(slots=True, eq=False)
+class Prompt:
+    """One attempt: waiting (no blocks), running (in chunks), then shipping (blocks leased)."""
+
+    sequence: Sequence
+    decode: Peer | None
+    """The worker that continues; None if the first token is the last."""
+    started: bool = False
+    shipping: bool = False
+    ticketed: bool = False
+    """The decode worker reserved its slots: its pull will come."""
+    num_offered: int = 0
+    """Blocks, from the first on, that were offered to the decode worker."""
+
+    @property
+    def is_held(self) -> bool:
+        """Its blocks wait for a decode worker that has not promised to take them."""
+        return self.started and self.decode is not None and not self.ticketed
+
+
+class PrefillScheduler:
+    """The waiting, running and shipping prompts of one worker."""
+
+    def __init__(self, blocks: BlockManager, limits: Limits) -> None:
+        self.blocks = blocks
+        self.limits = limits
+        self.waiting: deque[Prompt] = deque()
+        self.running: list[Prompt] = []
+        self.shipping: list[Prompt] = []
+
+    @property
+    def num_held(self) -> int:
+        return len(self.waiting) + len(self.running) + len(self.shipping)
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Prompt tokens still to be computed."""
+        prompts = (*self.waiting, *self.running)
+        return sum(prompt.sequence.num_pending for prompt in prompts)
+
+    def add(self, prompt: Prompt) -> None:
+        self.waiting.append(prompt)
+
+    def next_batch(self) -> tuple[list[Chunk], list[Prompt]]:
+        """The chunks of the next step, oldest prompt first, and the prompts that start with it."""
+        budget = self.limits.max_num_batched_tokens
+        chunks: list[Chunk] = []
+        for prompt in self.running:
+            if budget > 0:
+                budget -= self._take_chunk(prompt, budget, chunks)
+        started: list[Prompt] = []
+        for prompt in list(self.waiting):
+            if budget <= 0 or len(self.running) >= self.limits.max_num_seqs:
+                break
+            if self._is_held_back(prompt):
+                continue
+            if not start(prompt.sequence, self.blocks, self.limits):
+                break
+            self.waiting.remove(prompt)
+            self.running.append(prompt)
+            prompt.started = True
+            started.append(prompt)
+            budget -= self._take_chunk(prompt, budget, chunks)
+        return chunks, started
+
+    def ship(self, prompt: Prompt) -> None:
+        """The prompt is computed: from now on a lease holds its blocks for the decode worker."""
+        self.running.remove(prompt)
+        self.shipping.append(prompt)
+        prompt.shipping = True
+        self.blocks.lease(prompt.sequence.blocks)
+        self.blocks.release(prompt.sequence.blocks)
+
+    def remove(self, prompt: Prompt) -> None:
+        """The prompt ended: free its blocks, which stay cached as far as they are sealed."""
+        if prompt.shipping:
+            self.shipping.remove(prompt)
+            self.blocks.unlease(prompt.sequence.blocks)
+        elif prompt.started:
+            self.running.remove(prompt)
+            stop(prompt.sequence, self.blocks)
+        else:
+            self.waiting.remove(prompt)
+
+    def _take_chunk(self, prompt: Prompt, budget: int, chunks: list[Chunk]) -> int:
+        count = chunk_size(prompt.sequence, budget, self.limits.block_size)
+        chunks.append(Chunk(prompt.sequence, count))
+        return count
+
+    def _is_held_back(self, prompt: Prompt) -> bool:
+        """Whether decode workers that take nothing would hold more than half the pool.
+
+        Only prompts for a worker that already lets blocks wait are held back, so one slow worker
+        stops neither the others nor a single prompt that is larger than half the pool.
+        """
+        if prompt.decode is None:
+            return False
+        held: Counter[str] = Counter()
+        for other in (*self.running, *self.shipping):
+            if other.decode is not None and other.is_held:
+                held[other.decode.id] += len(other.sequence.blocks)
+        needed = self.limits.blocks_for(prompt.sequence.num_tokens)
+        over = held.total() + needed > self.limits.num_blocks // 2
+        return over and prompt.decode.id in held
