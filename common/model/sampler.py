@@ -1,0 +1,201 @@
+"""Choosing the next tokens from logits: everything in `SamplingParams` that concerns a token.
+
+Called by the runner once per step. There is no state: a draw depends on the logits, the
+parameters, the tokens so far and `philox(seed, choice, output index)`, so whoever continues a
+request draws what the one before would have drawn.
+
+Order, as in vLLM: logit bias, mask of `min_tokens`, penalties, temperature, min-p, top-k, top-p.
+Log-probabilities are of the raw logits, before all of that.
+"""
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+import torch
+
+from common.messages import TokenLogprob
+from common.model.batch import Sample, Sampled
+from common.model.philox import uniforms
+from common.sampling import SamplingParams
+
+GREEDY_BELOW: Final = 1e-5
+"""Temperatures below this mean greedy: dividing by them would only overflow."""
+SHORT_SORT: Final = 1024
+"""Top-p looks at this many tokens first and sorts the whole vocabulary only if it must."""
+
+_NONE: Final = float("-inf")
+
+
+class Sampler:
+    """Draws tokens for one model."""
+
+    def __init__(self, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        self._vocab_size = vocab_size
+        self._eos_token_ids = tuple(eos_token_ids)
+
+    def draw(self, logits: torch.Tensor, samples: Sequence[tuple[int, Sample]]) -> list[Sampled]:
+        """One token for each sample, given as (row of `logits`, sample).
+
+        logits: [rows, vocab] float32, left unchanged.
+        """
+        if not samples:
+            return []
+        rows = torch.tensor([row for row, _ in samples], device=logits.device)
+        plain = [i for i, (_, sample) in enumerate(samples) if self._is_plain(sample)]
+        tokens = [0] * len(samples)
+        if plain:
+            best = logits.argmax(-1).tolist()
+            for i in plain:
+                tokens[i] = best[samples[i][0]]
+        rest = [i for i in range(len(samples)) if i not in set(plain)]
+        if rest:
+            chosen = self._draw_adjusted(logits[rows[rest]], [samples[i][1] for i in rest])
+            for i, token in zip(rest, chosen, strict=True):
+                tokens[i] = token
+        logprobs = _logprobs(logits, rows, tokens, [sample.params for _, sample in samples])
+        return [Sampled(*pair) for pair in zip(tokens, logprobs, strict=True)]
+
+    def _is_plain(self, sample: Sample) -> bool:
+        """Greedy, with nothing that changes the order of the logits."""
+        params = sample.params
+        return (
+            params.temperature < GREEDY_BELOW
+            and not params.logit_bias
+            and not _has_penalties(params)
+            and len(sample.tokens) - sample.prompt_len >= params.min_tokens
+        )
+
+    def _draw_adjusted(self, logits: torch.Tensor, samples: Sequence[Sample]) -> list[int]:
+        """logits: [samples, vocab], overwritten."""
+        for line, sample in zip(logits, samples, strict=True):
+            self._adjust(line, sample)
+        tokens: list[int] = logits.argmax(-1).tolist()
+        drawn = [i for i, sample in enumerate(samples) if sample.params.temperature >= GREEDY_BELOW]
+        if drawn:
+            random = _draw_random(logits[drawn], [samples[i] for i in drawn])
+            for i, token in zip(drawn, random, strict=True):
+                tokens[i] = token
+        return tokens
+
+    def _adjust(self, line: torch.Tensor, sample: Sample) -> None:
+        """Apply bias, `min_tokens` and penalties to one sample's logits [vocab], in place."""
+        params, device = sample.params, line.device
+        if params.logit_bias:
+            ids = torch.tensor([token for token, _ in params.logit_bias], device=device)
+            bias = torch.tensor([bias for _, bias in params.logit_bias], device=device)
+            line.index_add_(0, ids, bias.to(line.dtype))
+        if len(sample.tokens) - sample.prompt_len < params.min_tokens:
+            ends = [
+                token
+                for token in (*self._eos_token_ids, *params.stop_token_ids)
+                if token < self._vocab_size
+            ]
+            line[ends] = _NONE
+        if not _has_penalties(params):
+            return
+        tokens = np.array(sample.tokens, dtype=np.int64)
+        if params.repetition_penalty != 1:
+            seen = torch.from_numpy(np.unique(tokens)).to(device)
+            values = line[seen]
+            line[seen] = torch.where(
+                values > 0, values / params.repetition_penalty, values * params.repetition_penalty
+            )
+        if params.frequency_penalty or params.presence_penalty:
+            outputs, counts = np.unique(tokens[sample.prompt_len :], return_counts=True)
+            penalties = params.frequency_penalty * counts + params.presence_penalty
+            line[torch.from_numpy(outputs).to(device)] -= torch.from_numpy(penalties).to(line)
+
+
+def _has_penalties(params: SamplingParams) -> bool:
+    return bool(
+        params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1
+    )
+
+
+def _draw_random(logits: torch.Tensor, samples: Sequence[Sample]) -> list[int]:
+    """Inverse-CDF draws from logits [samples, vocab], overwritten.
+
+    The CDF runs in the order of token ids, not of probabilities: where two logits are nearly
+    equal, rounding on another worker may swap their order, and must not swap the tokens.
+    """
+    params = [sample.params for sample in samples]
+
+    def column(values: list[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=logits.device)[:, None]
+
+    if any(p.temperature != 1 for p in params):
+        logits /= column([p.temperature for p in params])
+    if any(p.min_p > 0 for p in params):
+        floor = column([p.min_p for p in params]).log() + logits.amax(-1, keepdim=True)
+        logits.masked_fill_(logits < floor, _NONE)
+    _keep_top_k(logits, [p.top_k for p in params])
+    _keep_top_p(logits, [p.top_p for p in params])
+
+    cdf = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
+    total = cdf[:, -1:]
+    draws = uniforms([(s.params.seed, s.choice, len(s.tokens) - s.prompt_len) for s in samples])
+    target = torch.from_numpy(draws).to(logits.device)[:, None] * total
+    # u < 1, but u * total may round up to total, past the last token.
+    target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
+    tokens: list[int] = torch.searchsorted(cdf, target, right=True)[:, 0].tolist()
+    return tokens
+
+
+def _keep_top_k(logits: torch.Tensor, limits: Sequence[int]) -> None:
+    """Mask all but the `k` highest logits of each line (ties with the last are kept)."""
+    vocab_size = logits.shape[-1]
+    lines = [i for i, k in enumerate(limits) if 0 < k < vocab_size]
+    if not lines:
+        return
+    ks = torch.tensor([limits[i] for i in lines], device=logits.device)[:, None]
+    chosen = logits[lines]
+    threshold = chosen.topk(int(ks.max()), dim=-1).values.gather(1, ks - 1)
+    logits[lines] = chosen.masked_fill_(chosen < threshold, _NONE)
+
+
+def _keep_top_p(logits: torch.Tensor, limits: Sequence[float]) -> None:
+    """Keep the fewest most likely tokens whose probabilities reach p (and ties with the last)."""
+    lines = [i for i, p in enumerate(limits) if p < 1]
+    width = min(SHORT_SORT, logits.shape[-1])
+    while lines:
+        chosen = logits[lines]
+        probabilities = chosen.softmax(-1)
+        best = probabilities.topk(width, dim=-1).values
+        before = best.cumsum(-1, dtype=torch.float64) - best
+        wanted = torch.tensor([limits[i] for i in lines], device=logits.device)[:, None]
+        kept = (before < wanted).sum(-1, keepdim=True).clamp(min=1)
+        threshold = best.gather(1, kept - 1)
+        # A line that keeps all that was looked at may keep more: look at everything.
+        whole = width == logits.shape[-1]
+        done = [whole or count < width for count in kept[:, 0].tolist()]
+        chosen.masked_fill_(probabilities < threshold, _NONE)
+        finished = [i for i, is_done in zip(lines, done, strict=True) if is_done]
+        logits[finished] = chosen[torch.tensor(done, device=logits.device)]
+        lines = [i for i, is_done in zip(lines, done, strict=True) if not is_done]
+        width = logits.shape[-1]
+
+
+def _logprobs(
+    logits: torch.Tensor,
+    rows: torch.Tensor,
+    tokens: Sequence[int],
+    params: Sequence[SamplingParams],
+) -> list[TokenLogprob | None]:
+    """Log-probabilities of the raw distribution for the samples that ask for them."""
+    result: list[TokenLogprob | None] = [None] * len(tokens)
+    asked = [i for i, p in enumerate(params) if p.logprobs is not None]
+    if not asked:
+        return result
+    all_logprobs = logits[rows[asked]].log_softmax(-1)
+    chosen = torch.tensor([tokens[i] for i in asked], device=logits.device)
+    values: list[float] = all_logprobs.gather(1, chosen[:, None])[:, 0].tolist()
+    width = min(max(params[i].logprobs or 0 for i in asked), logits.shape[-1])
+    best = all_logprobs.topk(width, dim=-1)
+    for i, value, top_ids, top_values in zip(
+        asked, values, best.indices.tolist(), best.values.tolist(), strict=True
+    ):
+        count = params[i].logprobs or 0
+        top = tuple(zip(top_ids[:count], top_values[:count], strict=True))
+        result[i] = TokenLogprob(tokens[i], value, top)
+    return result
