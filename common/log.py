@@ -11,7 +11,7 @@ from typing import Any
 
 from common.config import LogConfig
 
-PACKAGES = ("common", "kvtransfer", "prefill", "decode", "router", "deploy")
+PACKAGES = ("tandem", "common", "kvtransfer", "prefill", "decode", "router", "deploy")
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
