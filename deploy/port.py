@@ -5,7 +5,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from common.errors import ConfigError
+from common.errors import ConfigError, UsageError
 
 
 def _bound(host: str, port: int) -> socket.socket:
@@ -15,8 +15,6 @@ def _bound(host: str, port: int) -> socket.socket:
         )[0]
     except socket.gaierror as error:
         raise ConfigError(f"--host {host} is no address: {error.strerror}") from error
-    except OverflowError as error:
-        raise ConfigError(f"--port {port} is not between 0 and 65535") from error
     result = socket.socket(family, kind, protocol)
     result.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -34,6 +32,8 @@ def reserved(host: str, port: int) -> Iterator[int]:
     The socket that keeps it has SO_REUSEADDR and never listens: a server that sets the same
     option can listen there. Raises ConfigError if another server listens already.
     """
+    if not 0 <= port <= 65535:
+        raise UsageError(f"--port {port} is not between 0 and 65535")
     try:
         with _bound(host, port) as probe:
             probe.listen(1)

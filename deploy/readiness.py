@@ -8,10 +8,9 @@ import asyncio
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
-import redis
-import redis.asyncio
-from common.registry import worker_key
+from redis.exceptions import RedisError
 
+from common.records import Keys, open_redis
 from deploy.process import Process
 
 ANSWER_S = 2.0
@@ -46,24 +45,23 @@ class DeploymentReadiness:
         self, redis_url: str, namespace: str, router_url: str, workers: dict[str, str]
     ) -> None:
         self._redis_url = redis_url
-        self._namespace = namespace
+        self._keys = Keys(namespace)
         self._router_url = router_url
         self._workers = workers
 
     async def ready(self, starting: Sequence[Process]) -> set[str]:
         result: set[str] = set()
-        client = redis.asyncio.Redis.from_url(
-            self._redis_url, socket_connect_timeout=ANSWER_S, socket_timeout=ANSWER_S
-        )
+        client = open_redis(self._redis_url)
         try:
             await client.ping()
             result.add("redis")
             for process in starting:
                 if process.name in self._workers:
-                    key = worker_key(self._namespace, self._workers[process.name])
-                    if await client.hget(key, "pid") == str(process.pid).encode():
+                    key = self._keys.worker(self._workers[process.name])
+                    pid = await client.hget(key, "pid")
+                    if pid == str(process.pid).encode():
                         result.add(process.name)
-        except (redis.RedisError, OSError):
+        except (RedisError, OSError):
             pass  # it starts, or starts again: asked again soon
         finally:
             await client.aclose()
