@@ -67,8 +67,11 @@ class DecodeEngine(Engine):
             return
         handover = Handover(sequence, work.prefill)
         self._attempts[id] = Attempt(sequence.router, handover, prefilled=True)
-        if early := self._claims.pop(id):
-            self._want(handover, early)
+        match self._claims.pop(id):
+            case Wanted() as wanted:
+                self._want(handover, wanted)
+            case Returned(_, landed, reason):
+                self._give_up(handover, landed, reason)
 
     def attempts(self) -> Iterable[tuple[AttemptId, bytes]]:
         return [(id, attempt.router) for id, attempt in self._attempts.items()]
@@ -133,6 +136,8 @@ class DecodeEngine(Engine):
                     self._take_back(key, landed)
                 elif (attempt := self._attempts.get(key)) and attempt.handover:
                     self._give_up(attempt.handover, landed, reason)
+                else:
+                    self._claims.end(event)
             case _:
                 # Ticketed, Delivered, Broken, Fenced: a decode worker sends nothing.
                 self.metrics.dropped.labels("transfer").inc()
@@ -152,8 +157,8 @@ class DecodeEngine(Engine):
     def _want(self, handover: Handover, wanted: Wanted) -> None:
         """The prefill worker asks for slots, once or again; answered in `next_batch`."""
         if not handover.is_asked_by(wanted):
-            self.metrics.dropped.labels("wanted").inc()
             self.outbox.append(Ship(Refuse(wanted.key, "gone")))
+            self._give_up(handover, (), f"not the prompt of {wanted.source.id}")
             return
         handover.told = False
         if not handover.wanted:

@@ -10,7 +10,7 @@ from common.events import AttemptId
 from common.kv.blocks import BlockManager
 from common.messages import Peer
 from common.sequence import Sequence
-from kvtransfer.commands import Key, Slot, Wanted
+from kvtransfer.commands import Key, Returned, Slot, Wanted
 
 CLAIM_S = 2.0
 """How long a sender's request for slots waits for the router's Admit."""
@@ -79,26 +79,32 @@ class Handover:
 
 
 class Claims:
-    """Requests for slots whose Admit has not come yet."""
+    """Requests for slots whose Admit has not come yet, or their end if that came first."""
 
     def __init__(self) -> None:
-        self._waiting: dict[AttemptId, tuple[Wanted, float]] = {}  # in order of time
+        self._events: dict[AttemptId, tuple[Wanted | Returned, float]] = {}  # in order of time
 
     def add(self, wanted: Wanted, now: float) -> None:
-        self._waiting.setdefault(wanted.key, (wanted, now + CLAIM_S))
+        self._events.setdefault(wanted.key, (wanted, now + CLAIM_S))
 
-    def pop(self, attempt: AttemptId) -> Wanted | None:
-        """The request for this attempt, if there is one."""
-        wanted, _ = self._waiting.pop(attempt, (None, 0.0))
-        return wanted
+    def end(self, returned: Returned) -> None:
+        """The sender gave up what it had asked for."""
+        if returned.key in self._events:
+            _, until = self._events[returned.key]
+            self._events[returned.key] = (returned, until)
+
+    def pop(self, attempt: AttemptId) -> Wanted | Returned | None:
+        """What the sender said of this attempt before its Admit came."""
+        event, _ = self._events.pop(attempt, (None, 0.0))
+        return event
 
     def deadline(self) -> float | None:
         """When the oldest one expires."""
-        return next((until for _, until in self._waiting.values()), None)
+        return next((until for _, until in self._events.values()), None)
 
     def expire(self, now: float) -> list[Key]:
-        """Forget those that waited too long."""
-        keys = [wanted.key for wanted, until in self._waiting.values() if until <= now]
-        for key in keys:
-            del self._waiting[key]
-        return keys
+        """Forget those that waited too long; returns those that are still to be answered."""
+        over = [event for event, until in self._events.values() if until <= now]
+        for event in over:
+            del self._events[event.key]
+        return [event.key for event in over if isinstance(event, Wanted)]
