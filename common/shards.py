@@ -11,6 +11,7 @@ from typing import Final
 from common.errors import ModelError
 
 SINGLE: Final = "model.safetensors"
+SUFFIX: Final = ".safetensors"
 INDEX: Final = "model.safetensors.index.json"
 MAX_HEADER_BYTES: Final = 100_000_000
 """The format's own limit."""
@@ -46,8 +47,8 @@ def shard_paths(directory: Path) -> list[Path]:
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise ModelError(f"{index} is not a valid safetensors index: {_one_line(error)}") from None
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise ModelError(f"{index} names {name!r}, which is no file beside it")
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(SUFFIX):
+            raise ModelError(f"{index} names {name!r}, which is no safetensors file beside it")
     return [directory / name for name in sorted(names)]
 
 
