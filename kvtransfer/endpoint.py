@@ -1,0 +1,339 @@
+"""The transfer endpoint of a worker: owns the sockets, the clock and the timers.
+
+Lives in the asyncio loop of the I/O thread. The worker passes it the engine's commands; events
+for the engine are put into `inbox`. Any endpoint may send and receive. The protocol itself is in
+`Sender` and `Receiver`; this file only moves their messages.
+
+One bound ROUTER takes the control messages of senders, one bound inlet their data. To each
+receiver that it sends to, an endpoint opens a `Channel`: a control DEALER and a data outlet.
+"""
+
+import asyncio
+import time
+from collections.abc import Coroutine
+from dataclasses import replace
+from random import SystemRandom
+from typing import Any, Protocol
+
+import zmq
+import zmq.asyncio
+
+from common.config import TimerConfig
+from common.errors import ConfigError, ProtocolError
+from common.messages import Peer
+from kvtransfer import protocol
+from kvtransfer.commands import (
+    Abort,
+    Close,
+    Offer,
+    Open,
+    ReceiverCommand,
+    ReceiverEvent,
+    SenderCommand,
+    SenderEvent,
+)
+from kvtransfer.identity import EndpointIdentity
+from kvtransfer.memory import BlockMemory
+from kvtransfer.receiver import Receiver
+from kvtransfer.sender import Sender
+from kvtransfer.sockets import LinkMonitor, make_dealer, send_now
+from kvtransfer.stats import TransferStats
+from kvtransfer.timers import Timers
+from kvtransfer.zmq_transport import ZmqInlet, ZmqOutlet
+
+TransferEvent = SenderEvent | ReceiverEvent
+
+_MAX_CONTROL_BYTES = 16 << 20
+
+
+class Inbox(Protocol):
+    """The queue of the engine thread: a `queue.SimpleQueue`."""
+
+    def put(self, item: TransferEvent, /) -> None: ...
+
+
+class Channel:
+    """The sockets towards one receiver; the data outlet is opened at its Welcome."""
+
+    def __init__(self, control: zmq.asyncio.Socket) -> None:
+        self.control = control
+        self.monitor = LinkMonitor(control)
+        self.outlet: ZmqOutlet | None = None
+        self.tasks: list[asyncio.Task[None]] = []
+
+    async def close(self) -> None:
+        await _cancel(self.tasks)
+        self.monitor.close()
+        self.control.close(linger=100)
+        if self.outlet is not None:
+            self.outlet.close()
+
+
+class Endpoint:
+    """See the module. All methods are called in the loop that ran `start`."""
+
+    def __init__(
+        self,
+        identity: EndpointIdentity,
+        memory: BlockMemory,
+        inbox: Inbox,
+        timers: TimerConfig,
+        host: str,
+    ) -> None:
+        """`host` is bound and announced."""
+        self.address = ""
+        self._memory = memory
+        self._inbox = inbox
+        self._config = timers
+        self._host = host
+        self._timers = Timers.of(timers)
+        self._stats = TransferStats()
+        random = SystemRandom()
+        self._sender = Sender(identity, memory, self._timers, self._stats, random)
+        self._receiver = Receiver(identity, memory.block_bytes, self._timers, self._stats, random)
+        self._channels: dict[Peer, Channel] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._closing: set[asyncio.Task[None]] = set()
+        self._pumping = False
+
+    # ------------------------------------------------------------ for the worker
+
+    async def start(self) -> None:
+        """Bind the sockets. Raises ConfigError if `host` cannot be bound."""
+        self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._context = zmq.asyncio.Context()
+        self._control = self._context.socket(zmq.ROUTER)
+        self._tune(self._control)
+        self._control.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        try:
+            self._control.bind(f"tcp://{self._host}:*")
+            self._inlet = ZmqInlet(self._context, self._host, self._memory)
+        except zmq.ZMQError as error:
+            self._context.destroy(linger=0)
+            raise ConfigError(f"cannot bind a port of {self._host}: {error}") from error
+        self.address = self._control.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._sender.address = self.address
+        self._receiver.data = {"zmq": self._inlet.address}
+        loops = (self._read_control(), self._read_data(), self._tick())
+        self._tasks = [self._start(loop) for loop in loops]
+
+    async def failed(self) -> None:
+        """Waits for ever; raises what ended a loop of this endpoint, if that happens."""
+        await asyncio.shield(self._failure)
+
+    async def close(self) -> None:
+        """Close all sockets. What is still live is not reported: drain or reset before."""
+        await _cancel(self._tasks)
+        for peer in list(self._channels):
+            await self._channels.pop(peer).close()
+        if self._closing:
+            await asyncio.wait(self._closing)
+        self._inlet.close()
+        self._control.close(linger=100)
+        self._context.term()
+
+    def command(self, command: SenderCommand | ReceiverCommand) -> None:
+        """Carry out a command of the engine. Commands of one key come in order."""
+        now = time.monotonic()
+        if isinstance(command, Open | Offer | Close | Abort):
+            self._sender.command(command, now)
+        else:
+            self._receiver.command(command, now)
+        self._flush()
+
+    def set_progress(self, steps: int, step_s: float = 0.0) -> None:
+        """Engine steps so far and the predicted seconds of the longest step in progress: a
+        receiver is patient for three times as long."""
+        self._sender.set_progress(steps, step_s)
+
+    def reset(self, epoch: int) -> None:
+        """Begin a new life: transfers are Broken("reset"), grants Returned(..., "reset")."""
+        now = time.monotonic()
+        identity = replace(self._sender.identity, epoch=epoch)
+        self._sender.reset(identity, now)
+        self._receiver.reset(identity, now)
+        self._flush()
+
+    def stats(self) -> TransferStats:
+        """A copy of the counters."""
+        return replace(
+            self._stats,
+            broken=self._stats.broken.copy(),
+            returned=self._stats.returned.copy(),
+            dropped=self._stats.dropped.copy(),
+            sending=self._sender.num_live,
+            receiving=self._receiver.num_live,
+            links=len(self._channels),
+        )
+
+    # ------------------------------------------------------------ loops
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(self._timers.resend_s / 5)
+            now = time.monotonic()
+            self._sender.tick(now)
+            self._receiver.tick(now)
+            self._flush()
+
+    async def _read_control(self) -> None:
+        while True:
+            frames = await self._control.recv_multipart()
+            try:
+                if len(frames) != 2:
+                    raise ProtocolError("control message of several frames")
+                message = protocol.decode_for_receiver(frames[1])
+            except ProtocolError:
+                self._stats.dropped["malformed"] += 1
+                continue
+            self._receiver.message(frames[0], message, time.monotonic())
+            self._flush()
+
+    async def _read_data(self) -> None:
+        while True:
+            try:
+                payload = await self._inlet.receive()
+            except ProtocolError:
+                self._stats.dropped["malformed"] += 1
+                continue
+            landing = self._receiver.accept(payload.header, payload.num_bytes, time.monotonic())
+            if landing is not None:
+                slabs = [None if s is None else self._memory.slab(s) for s in landing.slots]
+                digests = await payload.copy(slabs)
+                self._receiver.landed(landing, digests, time.monotonic())
+            self._flush()
+            # A socket that is never empty must not keep the loop to itself.
+            await asyncio.sleep(0)
+
+    async def _read_answers(self, peer: Peer, channel: Channel) -> None:
+        while True:
+            frames = await channel.control.recv_multipart()
+            try:
+                if len(frames) != 1:
+                    raise ProtocolError("control message of several frames")
+                message = protocol.decode_for_sender(frames[0])
+            except ProtocolError:
+                self._stats.dropped["malformed"] += 1
+                continue
+            self._sender.message(peer, message, time.monotonic())
+            self._flush()
+
+    async def _watch_control(self, peer: Peer, channel: Channel) -> None:
+        while True:
+            if await channel.monitor.changed():
+                self._sender.connected(peer, time.monotonic())
+            else:
+                self._sender.disconnected(peer, time.monotonic())
+            self._flush()
+
+    async def _watch_data(self, peer: Peer, outlet: ZmqOutlet) -> None:
+        while True:
+            if not await outlet.changed():
+                self._sender.data_lost(peer, time.monotonic())
+            self._flush()
+
+    # ------------------------------------------------------------ moving messages
+
+    def _flush(self) -> None:
+        """Send what the state machines have queued, hand their events to the engine."""
+        for events in (self._sender.events, self._receiver.events):
+            while events:
+                self._inbox.put(events.popleft())
+        while self._sender.outbox:
+            peer, request = self._sender.outbox.popleft()
+            # A link that has ended still says goodbye on its channel, if there is one.
+            channel = self._channels.get(peer)
+            if channel is not None:
+                self._send(channel.control, [protocol.encode(request)])
+        while self._receiver.outbox:
+            route, answer = self._receiver.outbox.popleft()
+            error = self._send(self._control, [route, protocol.encode(answer)])
+            if error == zmq.EHOSTUNREACH:
+                self._receiver.unreachable(route, time.monotonic())
+        self._match_channels()
+        if not self._pumping:
+            self._pumping = True
+            asyncio.get_running_loop().call_soon(self._pump)
+
+    def _send(self, socket: zmq.asyncio.Socket, frames: list[bytes]) -> int:
+        """Send or drop, never wait: everything important is repeated. Returns the errno or 0."""
+        error = send_now(socket, frames)
+        if error:
+            self._stats.dropped["unsent"] += 1
+        return error
+
+    def _pump(self) -> None:
+        """Send one data message to each receiver that can take one, then let the loop breathe."""
+        self._pumping = False
+        if self._context.closed:
+            return
+        now = time.monotonic()
+        sent = False
+        for peer, channel in self._channels.items():
+            if channel.outlet is not None and channel.outlet.writable():
+                shipment = self._sender.next_shipment(peer, now)
+                if shipment is not None:
+                    channel.outlet.send(shipment)
+                    sent = True
+        if sent:
+            self._flush()
+
+    def _match_channels(self) -> None:
+        """Open and close sockets so that each link of the sender has its channel."""
+        links = self._sender.links
+        for peer in self._channels.keys() - links.keys():
+            task = asyncio.get_running_loop().create_task(self._channels.pop(peer).close())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+        for peer, link in list(links.items()):
+            try:
+                channel = self._channels.get(peer) or self._open(peer)
+                if link.up and channel.outlet is None:
+                    self._open_outlet(peer, channel, link.data)
+            except zmq.ZMQError as error:
+                self._sender.lost(peer, f"{peer.address}: {error}", time.monotonic())
+                self._flush()
+
+    def _open(self, peer: Peer) -> Channel:
+        socket = make_dealer(self._context)
+        self._tune(socket)
+        channel = self._channels[peer] = Channel(socket)
+        socket.connect(peer.address)
+        channel.tasks += [
+            self._start(self._read_answers(peer, channel)),
+            self._start(self._watch_control(peer, channel)),
+        ]
+        return channel
+
+    def _open_outlet(self, peer: Peer, channel: Channel, data: dict[str, str]) -> None:
+        if "zmq" not in data:
+            self._sender.lost(peer, f"no common transport: {sorted(data)}", time.monotonic())
+            return
+        channel.outlet = ZmqOutlet(self._context, data["zmq"], self._memory)
+        channel.tasks.append(self._start(self._watch_data(peer, channel.outlet)))
+
+    def _start(self, loop: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        """Run a loop whose failure is the endpoint's failure."""
+        task = asyncio.get_running_loop().create_task(loop)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: "asyncio.Task[None]") -> None:
+        if not task.cancelled() and not self._failure.done():
+            error = task.exception()
+            assert error is not None, "the loops of an endpoint do not return"
+            self._failure.set_exception(error)
+
+    def _tune(self, socket: zmq.asyncio.Socket) -> None:
+        heartbeat_ms = max(1, int(self._config.heartbeat_s * 1000))
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.MAXMSGSIZE, _MAX_CONTROL_BYTES)
+        socket.setsockopt(zmq.HEARTBEAT_IVL, heartbeat_ms)
+        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, heartbeat_ms * self._config.dead_after)
+
+
+async def _cancel(tasks: "list[asyncio.Task[None]]") -> None:
+    """End loops. What one failed with was reported by `Endpoint.failed`."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

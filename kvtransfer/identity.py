@@ -1,0 +1,35 @@
+"""Who a transfer endpoint is, and whether two of them may exchange blocks."""
+
+from dataclasses import dataclass
+
+from common.messages import KvLayoutInfo, Peer
+from kvtransfer.protocol import VERSION, Hello, Refused
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointIdentity:
+    """One life of one worker. `epoch` is random and new with every life."""
+
+    id: str
+    epoch: int
+    content_id: str
+    layout: KvLayoutInfo
+
+    def hello(self, address: str) -> Hello:
+        """The greeting of this endpoint, whose control socket is at `address`."""
+        return Hello(
+            version=VERSION,
+            source=Peer(self.id, self.epoch, address),
+            content_id=self.content_id,
+            layout=self.layout,
+        )
+
+    def refusal(self, hello: Hello) -> Refused | None:
+        """Why blocks of that sender cannot be used here; None if they can."""
+        if hello.version != VERSION:
+            return Refused("version", f"protocol {hello.version} of the sender, {VERSION} here")
+        if hello.content_id != self.content_id:
+            return Refused("content", f"content {hello.content_id!r}, {self.content_id!r} here")
+        if hello.layout != self.layout:
+            return Refused("layout", f"{hello.layout} of the sender, {self.layout} here")
+        return None

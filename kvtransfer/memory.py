@@ -1,0 +1,50 @@
+"""The pool memory as transfers see it, and the digest of a block."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import xxhash
+
+
+class BlockMemory(Protocol):
+    """Blocks of equal size. `common.kv.pool.KvPool` is one; so is a bytearray in tests."""
+
+    @property
+    def block_bytes(self) -> int: ...
+
+    def slab(self, block: int) -> memoryview:
+        """Writable bytes of one block."""
+        ...
+
+    def run(self, block: int, count: int) -> memoryview:
+        """Bytes of `count` consecutive blocks."""
+        ...
+
+
+def digest(slab: memoryview) -> int:
+    """xxh3_64 of a block. It catches accidents; forgery is stopped by the ticket's secret."""
+    return xxhash.xxh3_64_intdigest(slab)
+
+
+def copy_blocks(
+    frames: Sequence[memoryview], slabs: Sequence[memoryview | None], block_bytes: int
+) -> list[int]:
+    """Copy the blocks in `frames` (one or more whole blocks each) to `slabs`, in order.
+
+    None skips a block. Returns the digest of each slab as it was written (0 where skipped);
+    each slab is read while it is still in the cache.
+    """
+    digests = []
+    target = iter(slabs)
+    for frame in frames:
+        source = np.frombuffer(frame, dtype=np.uint8)
+        for start in range(0, len(source), block_bytes):
+            slab = next(target)
+            if slab is None:
+                digests.append(0)
+                continue
+            # numpy releases the GIL for the copy; a memoryview assignment would not.
+            np.copyto(np.frombuffer(slab, dtype=np.uint8), source[start : start + block_bytes])
+            digests.append(digest(slab))
+    return digests

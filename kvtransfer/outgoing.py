@@ -1,0 +1,146 @@
+"""One transfer as its sender sees it, and the link that it belongs to. Used by `Sender` alone.
+
+offered --(ticket wants it)--> queued --> sent --(Landed)--> landed
+                                 ^          |
+                                 +----------+  ticket of a later round
+"""
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from common.messages import Peer
+from kvtransfer.commands import BlockRef, First, Key, Slot
+from kvtransfer.protocol import DataBlock, DataHeader, Ticket
+
+
+@dataclass(frozen=True, slots=True)
+class Shipment:
+    """A data message to be sent: its header and the runs of pool blocks that make its bytes."""
+
+    header: DataHeader
+    runs: tuple[tuple[int, int], ...]
+    """(first block, number of consecutive blocks) of the sender's pool."""
+
+
+@dataclass(slots=True, eq=False)
+class Outgoing:
+    """State of one transfer. Times are of the caller's monotonic clock."""
+
+    key: Key
+    id: int
+    num_tokens: int
+    num_blocks: int
+    answered_at: float
+    """When the receiver last said that it is alive (only counts until the ticket)."""
+    asking: bool = True
+    """A ticket of a later round is wanted: Begin is repeated."""
+    begun_at: float = float("-inf")
+    round: int = 0
+    secret: bytes = b""
+    renewal: int = 0
+    lease_until: float = 0.0
+    wanted: dict[int, Slot] = field(default_factory=dict)
+    offered: dict[int, BlockRef] = field(default_factory=dict)
+    digests: dict[int, int] = field(default_factory=dict)
+    queued: deque[int] = field(default_factory=deque)
+    sent: set[int] = field(default_factory=set)
+    landed: set[int] = field(default_factory=set)
+    first: tuple[First, ...] | None = None
+    closed_at: float | None = None
+    """When Close was last sent in this round."""
+    fence: bool = False
+    moved_at: float = 0.0
+    """When something last landed, or the wait for it began."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Everything was offered and sent: the receiver may take over."""
+        return self.first is not None and self.round > 0 and not self.queued
+
+    @property
+    def is_waiting(self) -> bool:
+        """The receiver owes something, so that silence means a stall."""
+        return self.round > 0 and bool(self.queued or self.sent or self.closed_at is not None)
+
+    def accepts(self, ticket: Ticket) -> bool:
+        """Whether the ticket names blocks of this transfer, each once."""
+        positions = {slot.position for slot in ticket.slots}
+        return len(positions) == len(ticket.slots) and all(
+            0 <= position < self.num_blocks for position in positions
+        )
+
+    def take(self, ticket: Ticket, now: float) -> None:
+        """Start the round of a new ticket: what it wants and is offered is sent (again)."""
+        assert ticket.round > self.round, (ticket.round, self.round)
+        self.landed |= self.wanted.keys()
+        self.wanted = {slot.position: slot for slot in ticket.slots}
+        self.landed -= self.wanted.keys()
+        self.round = ticket.round
+        self.secret = ticket.secret
+        self.renewal = ticket.renewal
+        self.asking = False
+        self.sent.clear()
+        self.queued = deque(sorted(self.wanted.keys() & self.offered.keys()))
+        self.closed_at = None
+        self.fence = False
+        self.moved_at = now
+
+    def offer(self, blocks: Iterable[BlockRef], now: float) -> None:
+        for ref in blocks:
+            assert 0 <= ref.position < self.num_blocks, (ref, self.num_blocks)
+            assert ref.position not in self.offered, ref
+            self.offered[ref.position] = ref
+            if ref.position in self.wanted:
+                if not self.is_waiting:
+                    self.moved_at = now
+                self.queued.append(ref.position)
+
+    def land(self, positions: Iterable[int], now: float) -> None:
+        for position in positions:
+            if position in self.sent:
+                self.sent.remove(position)
+                self.landed.add(position)
+                self.moved_at = now
+
+    def header(self, positions: Iterable[int], epoch: int) -> DataHeader:
+        """The header for these positions; each digest must be known."""
+        blocks = []
+        for position in positions:
+            slot, ref = self.wanted[position], self.offered[position]
+            blocks.append(
+                DataBlock(position, slot.block, slot.generation, ref.fill, self.digests[position])
+            )
+        return DataHeader(self.id, self.secret, epoch, self.round, tuple(blocks))
+
+
+@dataclass(slots=True, eq=False)
+class OutgoingLink:
+    """A sender's connection to one life of one receiver.
+
+    DOWN --connected--> GREETING --Welcome--> UP --disconnected--> DOWN; given up when it is not UP
+    for too long. Transfers live on while the connection comes back.
+    """
+
+    peer: Peer
+    down_since: float
+    connected: bool = False
+    up: bool = False
+    was_up: bool = False
+    hello_at: float = float("-inf")
+    window: int = 0
+    data: dict[str, str] = field(default_factory=dict)
+    progress_at: float = float("-inf")
+    moved_at: float = float("-inf")
+    used_at: float = 0.0
+    transfers: dict[int, Outgoing] = field(default_factory=dict)
+    ring: deque[Outgoing] = field(default_factory=deque)
+    """Transfers that may have something to ship, in the order of their turns."""
+
+    def enlist(self, transfer: Outgoing) -> None:
+        if (transfer.queued or transfer.fence) and transfer not in self.ring:
+            self.ring.append(transfer)
+
+    def outstanding(self) -> int:
+        """Blocks under way."""
+        return sum(len(transfer.sent) for transfer in self.transfers.values())

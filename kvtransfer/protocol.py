@@ -1,0 +1,196 @@
+"""What two transfer endpoints say to each other: control messages and the header of data.
+
+Control messages are tagged msgpack structs on one connection per pair and direction of transfer,
+opened by the sender. Data travels on a connection of its own: a `DataHeader`, then raw bytes. Any
+message may be lost, late, doubled or forged; nothing here trusts the other side.
+
+Sender to receiver: Hello, Begin, Progress, Close, AbortTransfer. Receiver to sender: Welcome or
+Refused, Waiting, Ticket, Nack, Landed, Ack, Renew.
+"""
+
+from typing import Final, NamedTuple, TypeVar
+
+import msgspec
+
+from common.errors import ProtocolError
+from common.messages import KvLayoutInfo, Peer
+from kvtransfer.commands import First, Key, Slot
+
+VERSION: Final = 1
+SECRET_BYTES: Final = 16
+RUN_BYTES: Final = 4 << 20
+"""Payload of one data message at most (one block, if a block is larger)."""
+WINDOW_BYTES: Final = 32 << 20
+"""What one sender may have under way to one receiver."""
+
+
+# ---------------------------------------------------------------- sender -> receiver
+
+
+class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
+    """First message of every connection; repeated until Welcome or Refused."""
+
+    version: int
+    source: Peer
+    content_id: str
+    layout: KvLayoutInfo
+
+
+class Begin(msgspec.Struct, frozen=True, kw_only=True, tag="begin"):
+    """Asks for a ticket of a later round than `round` (0: none is held)."""
+
+    key: Key
+    transfer: int
+    source_epoch: int
+    destination_epoch: int
+    num_tokens: int
+    round: int
+
+
+class Progress(msgspec.Struct, frozen=True, tag="progress"):
+    """Sent every second: engine steps so far, and how long the longest is predicted to take."""
+
+    steps: int
+    step_s: float
+
+
+class Close(msgspec.Struct, frozen=True, tag="close"):
+    """All blocks of this round were sent. Repeated until Ack, Nack or a Ticket."""
+
+    transfer: int
+    round: int
+    count: int
+    """Blocks that were sent in this round."""
+    first: tuple[First, ...]
+
+
+class AbortTransfer(msgspec.Struct, frozen=True, tag="abort"):
+    transfer: int
+    reason: str
+
+
+# ---------------------------------------------------------------- receiver -> sender
+
+
+class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag="welcome"):
+    id: str
+    epoch: int
+    window: int
+    """Bytes that may be under way to this receiver."""
+    data: dict[str, str]
+    """Transport name to the address of its data connection."""
+
+
+class Refused(msgspec.Struct, frozen=True, tag="refused"):
+    """No transfers on this connection: `version`, `content`, `layout`, `epoch` (an earlier life
+    of the sender); `unknown`: the receiver missed the Hello, say it again."""
+
+    reason: str
+    detail: str
+
+
+class Waiting(msgspec.Struct, frozen=True, tag="waiting"):
+    """The receiver is alive and has no ticket yet."""
+
+    transfer: int
+
+
+class Ticket(msgspec.Struct, frozen=True, tag="ticket"):
+    """Send these blocks to these slots. The same round repeats, a higher one supersedes."""
+
+    transfer: int
+    round: int
+    secret: bytes
+    renewal: int
+    """Number of the last Renew that was sent before this ticket."""
+    slots: tuple[Slot, ...]
+
+
+class Nack(msgspec.Struct, frozen=True, tag="nack"):
+    """The transfer is over at the receiver: `gone`, `no_blocks`, `draining`, `epoch`, `stalled`,
+    `incomplete`."""
+
+    transfer: int
+    reason: str
+
+
+class Landed(msgspec.Struct, frozen=True, tag="landed"):
+    """These positions were verified; their bytes may be spent on others."""
+
+    transfer: int
+    positions: tuple[int, ...]
+
+
+class Ack(msgspec.Struct, frozen=True, tag="ack"):
+    """Everything landed and the receiver took over."""
+
+    transfer: int
+
+
+class Renew(msgspec.Struct, frozen=True, tag="renew"):
+    """The leases of these transfers go on; those ticketed before and not named have ended."""
+
+    number: int
+    transfers: tuple[int, ...]
+
+
+ToReceiver = Hello | Begin | Progress | Close | AbortTransfer
+ToSender = Welcome | Refused | Waiting | Ticket | Nack | Landed | Ack | Renew
+
+
+# ---------------------------------------------------------------- data
+
+
+class DataBlock(NamedTuple):
+    """One block of a data message, in the order of its bytes."""
+
+    position: int
+    slot: int
+    generation: int
+    fill: int
+    digest: int
+    """xxh3_64 of the whole slab."""
+
+
+class DataHeader(msgspec.Struct, frozen=True, array_like=True):
+    """Precedes the bytes of `blocks`. Without blocks it is a fence: on an ordered connection
+    whatever of this round has not come before it is lost."""
+
+    transfer: int
+    secret: bytes
+    destination_epoch: int
+    round: int
+    blocks: tuple[DataBlock, ...]
+
+
+T = TypeVar("T")
+_encoder = msgspec.msgpack.Encoder()
+_to_receiver: msgspec.msgpack.Decoder[ToReceiver] = msgspec.msgpack.Decoder(ToReceiver)
+_to_sender: msgspec.msgpack.Decoder[ToSender] = msgspec.msgpack.Decoder(ToSender)
+_header: msgspec.msgpack.Decoder[DataHeader] = msgspec.msgpack.Decoder(DataHeader)
+
+
+def encode(message: ToReceiver | ToSender | DataHeader) -> bytes:
+    return _encoder.encode(message)
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[T], data: bytes | memoryview) -> T:
+    try:
+        return decoder.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ProtocolError(f"bad transfer message: {error}") from error
+
+
+def decode_for_receiver(data: bytes | memoryview) -> ToReceiver:
+    """Raises ProtocolError if `data` is not a valid message of a sender."""
+    return _decode(_to_receiver, data)
+
+
+def decode_for_sender(data: bytes | memoryview) -> ToSender:
+    """Raises ProtocolError if `data` is not a valid message of a receiver."""
+    return _decode(_to_sender, data)
+
+
+def decode_header(data: bytes | memoryview) -> DataHeader:
+    """Raises ProtocolError if `data` is not a valid data header."""
+    return _decode(_header, data)

@@ -1,0 +1,30 @@
+"""Counters of one transfer endpoint; the worker exports them as metrics."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class TransferStats:
+    """Monotonic counters since start, and the live transfers at this moment."""
+
+    blocks_sent: int = 0
+    bytes_sent: int = 0
+    blocks_received: int = 0
+    """Landed and verified."""
+    bytes_received: int = 0
+    digest_errors: int = 0
+    delivered: int = 0
+    arrived: int = 0
+    rounds_repeated: int = 0
+    """Tickets of a second or third round: something was lost or damaged on the way."""
+    broken: Counter[str] = field(default_factory=Counter)
+    """Transfers that failed at the sender, by reason."""
+    returned: Counter[str] = field(default_factory=Counter)
+    """Grants and requests for one that ended unfinished at the receiver, by reason."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Messages and blocks from outside that were ignored, by the check that they failed."""
+    sending: int = 0
+    receiving: int = 0
+    links: int = 0
+    """Receivers that this endpoint holds a connection to."""

@@ -1,0 +1,90 @@
+"""Data over zmq: a header frame, then one frame per run of blocks contiguous at the sender.
+
+The sender's frames are copied by zmq when they are sent, so that the pool may be reused at once;
+the receiver copies from zmq's memory into its slots.
+"""
+
+from collections.abc import Sequence
+
+import zmq
+import zmq.asyncio
+
+from common.errors import ProtocolError
+from kvtransfer.memory import BlockMemory, copy_blocks
+from kvtransfer.outgoing import Shipment
+from kvtransfer.protocol import RUN_BYTES, DataHeader, decode_header, encode
+from kvtransfer.sockets import LinkMonitor, is_writable, make_dealer, send_now
+
+_MAX_QUEUED = 64
+"""Messages of at most RUN_BYTES that wait at either end; the window keeps them fewer."""
+
+
+class ZmqOutlet:
+    """`Outlet` over a DEALER socket that queues only while it is connected."""
+
+    def __init__(self, context: zmq.asyncio.Context, address: str, memory: BlockMemory) -> None:
+        """Raises zmq.ZMQError for an address that is none."""
+        self._memory = memory
+        self._socket = make_dealer(context)
+        self._socket.setsockopt(zmq.SNDHWM, _MAX_QUEUED)
+        self._monitor = LinkMonitor(self._socket)
+        try:
+            self._socket.connect(address)
+        except zmq.ZMQError:
+            self.close()
+            raise
+
+    def writable(self) -> bool:
+        return is_writable(self._socket)
+
+    def send(self, shipment: Shipment) -> None:
+        runs = [self._memory.run(block, count) for block, count in shipment.runs]
+        # A connection that was lost after `writable` is reported by the monitor.
+        send_now(self._socket, [encode(shipment.header), *runs])
+
+    async def changed(self) -> bool:
+        return await self._monitor.changed()
+
+    def close(self) -> None:
+        self._monitor.close()
+        self._socket.close(linger=0)
+
+
+class ZmqPayload:
+    """`Payload` whose bytes lie in zmq's memory."""
+
+    def __init__(self, header: DataHeader, frames: Sequence[memoryview], block_bytes: int) -> None:
+        self.header = header
+        self.num_bytes = sum(frame.nbytes for frame in frames)
+        self._frames = frames
+        self._block_bytes = block_bytes
+
+    async def copy(self, slabs: Sequence[memoryview | None]) -> list[int]:
+        return copy_blocks(self._frames, slabs, self._block_bytes)
+
+
+class ZmqInlet:
+    """`Inlet` over a ROUTER socket. Senders prove themselves by the ticket's secret."""
+
+    def __init__(self, context: zmq.asyncio.Context, host: str, memory: BlockMemory) -> None:
+        """Binds a free port of `host`. Raises zmq.ZMQError if that is not possible."""
+        self._memory = memory
+        self._socket = context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.RCVHWM, _MAX_QUEUED)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, max(RUN_BYTES, memory.block_bytes))
+        self._socket.bind(f"tcp://{host}:*")
+        self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    async def receive(self) -> ZmqPayload:
+        _, *frames = await self._socket.recv_multipart(copy=False)
+        if not frames:
+            raise ProtocolError("data message without a header")
+        header = decode_header(frames[0].buffer)
+        buffers = [frame.buffer for frame in frames[1:]]
+        if any(buffer.nbytes % self._memory.block_bytes for buffer in buffers):
+            raise ProtocolError("a frame that is no whole number of blocks")
+        return ZmqPayload(header, buffers, self._memory.block_bytes)
+
+    def close(self) -> None:
+        self._socket.close(linger=0)
