@@ -121,14 +121,16 @@ def parser(config: type, prog: str) -> argparse.ArgumentParser:
     """The parser of one command, with one group of flags per class that `config` inherits."""
     result = _Parser(
         prog=prog,
+        usage=f"{prog} [flags]",
         description=config.__doc__,
         epilog=f"Each flag has a variable, named in brackets; flag > variable > default. "
         f"`{prog} --flag=VALUE` and `{prog} --flag VALUE` mean the same.",
         allow_abbrev=False,
     )
     groups: dict[type, argparse._ArgumentGroup] = {}
-    for flag in _flags(config):
-        owner = _group_of(config, flag.name)
+    # The flags that only this command has come first.
+    owners = [(flag, _group_of(config, flag.name)) for flag in _flags(config)]
+    for flag, owner in sorted(owners, key=lambda pair: pair[1] is not config):
         if owner not in groups:
             groups[owner] = result.add_argument_group(owner.__name__.removesuffix("Config").lower())
         flag.add_to(groups[owner])
