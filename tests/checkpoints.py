@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
@@ -96,8 +97,9 @@ def write_checkpoint(
     }
     if head_dim is not None or architecture == "qwen3":
         common["head_dim"] = head_dim or hidden // heads
-    model = AutoModelForCausalLM.from_config(
-        _config(architecture, common, layers, sliding_window, bias), dtype=torch.float32
+    config = _config(architecture, common, layers, sliding_window, bias)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+        config, dtype=torch.float32
     )
     _randomise(model, seed)
     model.generation_config.eos_token_id = list(eos)

@@ -85,7 +85,10 @@ class Planner:
         windows: Sequence[Window],
         dtype: torch.dtype,
         device: torch.device,
+        *,
+        max_bucket_bytes: int = MAX_BUCKET_BYTES,
     ) -> None:
+        self._max_bucket_bytes = max_bucket_bytes
         self._block_size = layout.block_size
         self._dtype = dtype
         self._device = device
@@ -142,7 +145,7 @@ class Planner:
         longest = 0
         for i in sorted(decode, key=lambda i: -used[i]):
             size = (len(bucket) + 1) * longest * self._bytes_per_block
-            if bucket and (used[i] * 2 <= longest or size > MAX_BUCKET_BYTES):
+            if bucket and (used[i] * 2 <= longest or size > self._max_bucket_bytes):
                 yield sorted(bucket)
                 bucket = []
             if not bucket:

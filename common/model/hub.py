@@ -29,7 +29,7 @@ def resolve(model: str, revision: str | None) -> Path:
     line, if there is no such directory or repository or the Hub cannot be reached.
     """
     path = Path(model).expanduser()
-    if path.is_dir():
+    if model and path.is_dir():
         return path
     if path.is_file():
         raise ModelError(f"{model} is a file; --model takes a checkpoint directory or a Hub id")

@@ -161,13 +161,16 @@ def _keep_top_p(logits: torch.Tensor, limits: Sequence[float]) -> None:
     while lines:
         chosen = logits[lines]
         probabilities = chosen.softmax(-1)
-        best = probabilities.topk(width, dim=-1).values
+        whole = width == logits.shape[-1]
+        if whole:
+            best = probabilities.sort(dim=-1, descending=True).values
+        else:
+            best = probabilities.topk(width, dim=-1).values
         before = best.cumsum(-1, dtype=torch.float64) - best
         wanted = torch.tensor([limits[i] for i in lines], device=logits.device)[:, None]
         kept = (before < wanted).sum(-1, keepdim=True).clamp(min=1)
         threshold = best.gather(1, kept - 1)
         # A line that keeps all that was looked at may keep more: look at everything.
-        whole = width == logits.shape[-1]
         done = [whole or count < width for count in kept[:, 0].tolist()]
         chosen.masked_fill_(probabilities < threshold, _NONE)
         finished = [i for i, is_done in zip(lines, done, strict=True) if is_done]

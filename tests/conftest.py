@@ -1,0 +1,28 @@
+"""Fixtures that every test may use."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.checkpoints import Architecture, write_checkpoint
+
+MakeCheckpoint = Callable[..., Path]
+"""`(architecture, **options of write_checkpoint) -> directory`."""
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
+    """Makes a tiny checkpoint, or returns the one that was made with the same arguments. Shared by
+    the whole session: copy it before changing a file."""
+    made: dict[str, Path] = {}
+
+    def make(architecture: Architecture, **options: Any) -> Path:
+        key = f"{architecture} {sorted(options.items())}"
+        if key not in made:
+            directory = tmp_path_factory.mktemp(architecture)
+            made[key] = write_checkpoint(directory, architecture, **options)
+        return made[key]
+
+    return make
