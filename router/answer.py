@@ -1,0 +1,149 @@
+"""The answer to one HTTP call, in chunks or whole: what both OpenAI dialects share.
+
+`router.reply` hands every Delta to `take`, in order; then asks for its `chunk` (streaming) or at
+the end for `whole`. The dialects are `router.completion_answer` and `router.chat_answer`.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+from uuid import uuid4
+
+import msgspec
+
+from common.messages import TokenLogprob
+from router.request import Delta, Request
+from router.token_text import TokenText
+from router.tokenizer import TextModel
+
+DONE = b"data: [DONE]\n\n"
+_encode = msgspec.json.Encoder().encode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What the client wants to see beside the text."""
+
+    include_usage: bool = False
+    continuous_usage: bool = False
+    token_ids: bool = False
+    logprobs: int | None = None
+    """Most likely tokens per position; None: no logprobs at all."""
+
+
+@dataclass(slots=True, eq=False)
+class Tally:
+    """What one choice has got so far."""
+
+    request: Request
+    text: list[str] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    num_chars: int = 0
+    """Characters of the tokens whose logprobs were shown (`text_offset`)."""
+    finish: str | None = None
+    stop_reason: str | int | None = None
+    chunks: int = 0
+
+
+def event(value: object) -> bytes:
+    """One server-sent event."""
+    return b"data: " + _encode(value) + b"\n\n"
+
+
+class Answer:
+    """One of the two dialects; `object_*` and `prefix` are their names for things."""
+
+    prefix: ClassVar[str]
+    object_whole: ClassVar[str]
+    object_chunk: ClassVar[str]
+
+    def __init__(
+        self, model: str, text_model: TextModel, requests: Sequence[Request], options: Options
+    ) -> None:
+        self._requests = requests
+        self._options = options
+        self._token_text = TokenText(text_model)
+        self._tallies = [Tally(request) for request in requests for _ in request.choices]
+        self._id = f"{self.prefix}-{uuid4().hex}"
+        self._created = int(time.time())
+        self._model = model
+
+    @property
+    def num_choices(self) -> int:
+        return len(self._tallies)
+
+    def take(self, delta: Delta) -> None:
+        """Add a delta to its choice."""
+        tally = self._tallies[delta.choice]
+        tally.text.append(delta.text)
+        tally.tokens.extend(delta.tokens)
+        if self._options.logprobs is not None:
+            tally.logprobs.extend(delta.logprobs)
+        if delta.finish:
+            assert tally.finish is None, f"choice {delta.choice} finished twice"
+            tally.finish = delta.finish
+            tally.stop_reason = delta.stop_reason
+
+    def opening(self) -> bytes:
+        """Events before the first delta."""
+        return b""
+
+    def chunk(self, delta: Delta) -> bytes:
+        """The event of a delta that was just taken."""
+        tally = self._tallies[delta.choice]
+        value = self._envelope(self.object_chunk, [self._chunk_choice(delta, tally)])
+        tally.chunks += 1
+        if self._options.continuous_usage:
+            prompt = len(tally.request.prompt)
+            value["usage"] = self._counts(prompt, len(tally.tokens), tally.request.cached_tokens)
+        elif self._options.include_usage:
+            value["usage"] = None
+        return event(value)
+
+    def closing(self) -> bytes:
+        """Events after the last delta: usage if it was asked for, and the end."""
+        if not self._options.include_usage:
+            return DONE
+        return event({**self._envelope(self.object_chunk, []), "usage": self.usage()}) + DONE
+
+    def whole(self) -> bytes:
+        """The answer of a call that is not streamed."""
+        choices = [self._whole_choice(i, tally) for i, tally in enumerate(self._tallies)]
+        value = {**self._envelope(self.object_whole, choices), "usage": self.usage()}
+        return _encode(value | self._extra())
+
+    def usage(self) -> dict[str, Any]:
+        return self._counts(
+            sum(len(request.prompt) for request in self._requests),
+            sum(len(tally.tokens) for tally in self._tallies),
+            sum(request.cached_tokens for request in self._requests),
+        )
+
+    def _counts(self, num_prompt: int, num_outputs: int, num_cached: int) -> dict[str, Any]:
+        return {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num_outputs,
+            "total_tokens": num_prompt + num_outputs,
+            "prompt_tokens_details": {"cached_tokens": num_cached},
+        }
+
+    def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "object": kind,
+            "created": self._created,
+            "model": self._model,
+            "choices": choices,
+        }
+
+    def _extra(self) -> dict[str, Any]:
+        """What a dialect adds at the top of a whole answer."""
+        return {}
+
+    def _chunk_choice(self, delta: Delta, tally: Tally) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _whole_choice(self, index: int, tally: Tally) -> dict[str, Any]:
+        raise NotImplementedError

@@ -1,0 +1,191 @@
+"""The router's HTTP application: routes, and what surrounds every one of them.
+
+`create_app` is called by `router.main` and by tests. A route does authorization, body and limits;
+the response then writes itself (`router.reply`). Every error has the OpenAI body.
+"""
+
+import importlib.metadata
+import re
+import time
+from dataclasses import dataclass
+from typing import Final
+from uuid import uuid4
+
+import msgspec
+from fastapi import Depends, FastAPI
+from fastapi import Request as HttpRequest
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from common.errors import RequestError
+from router import debug, errors
+from router import metrics as metrics_text
+from router.auth import authorizer
+from router.intake import Intake, unknown_model
+from router.metrics import RouterMetrics
+from router.reply import Reply
+from router.schemas import ChatBody, CompletionBody, parse
+from router.service import Service
+
+MAX_BODY_BYTES: Final = 32 << 20
+_LABEL: Final = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What the application is made of."""
+
+    service: Service
+    intake: Intake
+    metrics: RouterMetrics
+    model: str
+    """The served model's name."""
+    api_key: str | None = None
+    max_body_bytes: int = MAX_BODY_BYTES
+
+
+def create_app(parts: Parts) -> FastAPI:
+    service, intake = parts.service, parts.intake
+    started = int(time.time())
+    app = FastAPI(
+        title="Tandem",
+        dependencies=[Depends(authorizer(parts.api_key))],
+        # These would be routes without the dependency.
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.add_exception_handler(RequestError, errors.on_request_error)
+    app.add_exception_handler(HTTPException, errors.on_http_error)
+    app.add_exception_handler(Exception, errors.on_bug)
+    app.add_middleware(Label, metrics=parts.metrics)
+
+    @app.post("/v1/completions")
+    async def completions(request: HttpRequest) -> Response:
+        data = await read_json(request, parts.max_body_bytes)
+        call = await intake.completion(parse(CompletionBody, data), label_of(request))
+        return Reply(call, service)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: HttpRequest) -> Response:
+        data = await read_json(request, parts.max_body_bytes)
+        call = await intake.chat(parse(ChatBody, data), label_of(request))
+        return Reply(call, service)
+
+    def describe() -> dict[str, object]:
+        limits = service.fleet.limits
+        return {
+            "id": parts.model,
+            "object": "model",
+            "created": started,
+            "owned_by": "tandem",
+            "root": parts.model,
+            "max_model_len": limits.context if limits is not None else None,
+        }
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        return json_response({"object": "list", "data": [describe()]})
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        if name != parts.model:
+            raise unknown_model(name)
+        return json_response(describe())
+
+    @app.get("/health")
+    async def health() -> Response:
+        reason = service.unavailable()
+        if reason is None:
+            return json_response({"status": "ok"})
+        return json_response({"status": "unavailable", "reason": reason}, 503)
+
+    @app.get("/ping")
+    async def ping() -> Response:
+        return json_response({"status": "ok"})
+
+    @app.get("/version")
+    async def version() -> Response:
+        return json_response({"version": _version()})
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(parts.metrics.render(), media_type=metrics_text.CONTENT_TYPE)
+
+    @app.get("/debug/workers")
+    async def debug_workers() -> Response:
+        return json_response(debug.workers(service))
+
+    @app.get("/debug/ledger")
+    async def debug_ledger() -> Response:
+        return json_response(await debug.ledger(service))
+
+    return app
+
+
+async def read_json(request: HttpRequest, max_bytes: int) -> object:
+    """The decoded body. Raises RequestError: 413 if it is too large, 400 if it is not JSON."""
+    length = request.headers.get("content-length", "")
+    if length.isdigit() and int(length) > max_bytes:
+        raise _too_large(max_bytes)
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > max_bytes:
+            raise _too_large(max_bytes)
+    try:
+        return msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        message = f"The request body is not valid JSON: {error}"
+        raise RequestError(400, message, code="invalid_json") from error
+
+
+def _too_large(max_bytes: int) -> RequestError:
+    return RequestError(
+        413, f"The request body is larger than {max_bytes} bytes.", code="body_too_large"
+    )
+
+
+def json_response(value: object, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(value), status, media_type=errors.JSON)
+
+
+def label_of(request: HttpRequest) -> str:
+    """What logs call this HTTP call; never a key."""
+    return str(request.scope["request_id"])
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("tandem")
+    except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
+        return "unknown"
+
+
+class Label:
+    """Gives every call its `x-request-id`, the client's if it is decent, and counts errors."""
+
+    def __init__(self, app: ASGIApp, metrics: RouterMetrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        label = given if _LABEL.fullmatch(given) else uuid4().hex
+        scope["request_id"] = label
+
+        async def send_labelled(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    (b"x-request-id", label.encode()),
+                ]
+                if message["status"] >= 400:
+                    self._metrics.rejected.labels(str(message["status"])).inc()
+            await send(message)
+
+        await self._app(scope, receive, send_labelled)

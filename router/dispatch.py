@@ -1,0 +1,363 @@
+"""The requests that are live: placed on workers, followed token by token, replaced on failure.
+
+All recovery goes through `Dispatcher.replace`. Owned by `router.service`, which brings what the
+workers say; everything runs in the router's loop.
+
+    submit -> place -> (Prefill to P, Admit to D) -> take each output once -> finish
+                 ^                                          |
+                 +--- wait, if no worker can <--- replace <-+ lost worker, failed transfer, drain
+"""
+
+import asyncio
+import dataclasses
+import logging
+import random
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from common.blockhash import pack_tokens
+from common.errors import RequestError
+from common.link import RouterLink
+from common.messages import Admit, Cancel, Failed, Output, Prefill
+from router.directory import Directory
+from router.errors import internal, unavailable
+from router.fleet import Fleet
+from router.metrics import RouterMetrics
+from router.placement import View, place
+from router.request import Attempt, Delta, Request
+
+log = logging.getLogger(__name__)
+
+MAX_WAITING: Final = 1_024
+"""Attempts that wait for a worker; more are refused."""
+_NO_FAILURE: Final = ("draining", "no_blocks")
+"""Causes that do not count against `max_resumes`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patience:
+    """How long and how often a request is held up by workers."""
+
+    max_resumes: int = 3
+    grace_s: float = 1.0
+    """A new request waits this long for a worker that can take it."""
+    resume_s: float = 20.0
+    """A request with tokens waits this long: a worker that died may be restarted."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Waiting:
+    request: Request
+    choices: tuple[int, ...]
+    timer: asyncio.TimerHandle
+
+
+class Dispatcher:
+    def __init__(
+        self,
+        directory: Directory,
+        link: RouterLink,
+        fleet: Fleet,
+        metrics: RouterMetrics,
+        patience: Patience,
+    ) -> None:
+        self._directory = directory
+        self._link = link
+        self._fleet = fleet
+        self._metrics = metrics
+        self._patience = patience
+        self._rng = random.Random()
+        self._requests: dict[int, Request] = {}
+        self._waiting: deque[_Waiting] = deque()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def num_live(self) -> int:
+        return len(self._requests)
+
+    async def idle(self) -> None:
+        """Returns when no request is live."""
+        await self._idle.wait()
+
+    def submit(self, request: Request) -> None:
+        """Serve the request; what happens to it arrives in its `events`."""
+        assert request.id not in self._requests
+        self._requests[request.id] = request
+        self._idle.clear()
+        self._metrics.live.set(len(self._requests))
+        self._metrics.prompt_tokens.inc(len(request.prompt))
+        self._start(request, tuple(choice.number for choice in request.choices))
+
+    def cancel(self, request: Request) -> None:
+        """Stop all work for the request, if it is not over yet."""
+        if not request.over:
+            self._end(request, "cancelled")
+
+    def fail_all(self, error: RequestError) -> None:
+        for request in list(self._requests.values()):
+            self._fail(request, error)
+
+    def lost(self, worker: str, cause: str) -> None:
+        """A worker is gone; it is no member of the fleet any more."""
+        for request in list(self._requests.values()):
+            for attempt in list(request.attempts.values()):
+                if attempt.needs(worker):
+                    self.replace(request, attempt, cause)
+
+    def _place(self, request: Request, choices: tuple[int, ...]) -> bool:
+        """Start an attempt for `choices`; False if no worker can take it now."""
+        first = request.choices[choices[0]]
+        outputs = first.tokens
+        assert len(choices) == 1 or not outputs
+        num_tokens = len(request.prompt) + len(outputs)
+        view = View(
+            num_tokens=num_tokens,
+            num_choices=len(choices),
+            remaining=request.remaining(first),
+            hits=self._hits(request),
+            avoid=frozenset(request.avoid | request.refused),
+        )
+        snapshot = self._fleet.snapshot()
+        placement = place(view, snapshot, self._rng)
+        if placement is None and request.avoid:
+            # Rather a worker that failed it before than none.
+            view = dataclasses.replace(view, avoid=frozenset(request.refused))
+            placement = place(view, snapshot, self._rng)
+        if placement is None:
+            return False
+        attempt = Attempt(
+            number=request.next_attempt,
+            choices=choices,
+            prefill=placement.prefill,
+            decode=placement.decode,
+            prefill_tokens=placement.uncached,
+            kv_tokens=num_tokens,
+            first=request.next_attempt == 1,
+        )
+        request.next_attempt += 1
+        request.attempts[attempt.number] = attempt
+        self._fleet.reserve(attempt)
+        self._send(request, attempt, outputs)
+        return True
+
+    def _send(self, request: Request, attempt: Attempt, outputs: Sequence[int]) -> None:
+        """`Prefill` to P and `Admit` to D, both at once."""
+        tokens = request.packed + pack_tokens(outputs) if outputs else request.packed
+        prefill = self._fleet[attempt.prefill].peer if attempt.prefill is not None else None
+        decode = self._fleet[attempt.decode].peer if attempt.decode is not None else None
+        if decode is not None:
+            self._link.send(
+                decode.id,
+                Admit(
+                    request=request.id,
+                    attempt=attempt.number,
+                    tokens=tokens,
+                    prompt_len=len(request.prompt),
+                    choices=attempt.choices,
+                    params=request.params,
+                    salt=request.salt,
+                    prefill=prefill,
+                ),
+            )
+        if prefill is not None:
+            self._link.send(
+                prefill.id,
+                Prefill(
+                    request=request.id,
+                    attempt=attempt.number,
+                    tokens=tokens,
+                    prompt_len=len(request.prompt),
+                    choices=attempt.choices,
+                    params=request.params,
+                    salt=request.salt,
+                    decode=decode,
+                ),
+            )
+        mode = "local" if prefill is None else "remote" if decode is not None else "prefill_only"
+        self._metrics.placements.labels(mode).inc()
+        log.debug(
+            "request %s attempt %d: prefill %s, decode %s",
+            request.label,
+            attempt.number,
+            attempt.prefill,
+            attempt.decode,
+        )
+
+    def _hits(self, request: Request) -> dict[str, int]:
+        """Worker id -> tokens of the prompt that its cache holds."""
+        kinds = {(m.info.content_id, m.info.layout.block_size) for m in self._fleet}
+        hits: dict[str, int] = {}
+        for content_id, block_size in kinds:
+            hashes = request.hashes(content_id, block_size)
+            blocks = self._directory.matches(content_id, block_size, hashes)
+            hits.update((worker, num * block_size) for worker, num in blocks.items())
+        return hits
+
+    def _start(self, request: Request, choices: tuple[int, ...]) -> None:
+        """Place `choices`, or queue them until a worker comes; first come, first served."""
+        if self._place(request, choices):
+            return
+        if self._cannot_fit(request):
+            self._fail(request, RequestError(400, "The prompt does not fit into any worker."))
+        elif len(self._waiting) >= MAX_WAITING:
+            self._fail(request, unavailable("Too many requests wait for a worker."))
+        else:
+            patience_s = self._patience.resume_s if request.num_outputs else self._patience.grace_s
+            loop = asyncio.get_running_loop()
+            timer = loop.call_later(patience_s, self._give_up, request)
+            self._waiting.append(_Waiting(request, choices, timer))
+            self._metrics.waiting.set(len(self._waiting))
+
+    def _cannot_fit(self, request: Request) -> bool:
+        """Every decode worker that is there has refused the request for good."""
+        decodes = [member.info.id for member in self._fleet if member.info.role == "decode"]
+        return bool(decodes) and request.refused.issuperset(decodes)
+
+    def retry_waiting(self) -> None:
+        """Try all that wait; what still finds no worker keeps its place."""
+        for entry in list(self._waiting):
+            if self._place(entry.request, entry.choices):
+                self._forget_waiting(entry)
+
+    def _forget_waiting(self, entry: _Waiting) -> None:
+        entry.timer.cancel()
+        self._waiting.remove(entry)
+        self._metrics.waiting.set(len(self._waiting))
+
+    def _give_up(self, request: Request) -> None:
+        self._fail(request, unavailable("No worker is ready to serve the request."))
+
+    def take(self, worker: str, output: Output) -> None:
+        """Hand the new part of an output to its request; answer a stale one by Cancel."""
+        request = self._requests.get(output.request)
+        attempt = request.attempts.get(output.attempt) if request is not None else None
+        if request is None or attempt is None or output.choice not in attempt.choices:
+            self._metrics.stale.inc()
+            self._link.send(worker, Cancel(output.request, output.attempt))
+            return
+        if not attempt.prefilled:
+            self._fleet.prefilled(attempt)
+        if attempt.prefill is not None and worker == attempt.decode and not attempt.handed_over:
+            self._fleet.handed_over(attempt)
+        if attempt.first and output.cached_tokens > request.cached_tokens:
+            request.cached_tokens = min(output.cached_tokens, len(request.prompt))
+        previous = request.last_token
+        try:
+            delta = request.take(output)
+        except ValueError as error:
+            log.warning("request %s, worker %s: %s", request.label, worker, error)
+            self.replace(request, attempt, "gap")
+            return
+        except Exception:
+            # Whatever one request trips over must not end the others.
+            log.exception("request %s cannot be decoded", request.label)
+            self._fail(request, internal(request.label))
+            return
+        if delta is None:
+            return
+        self._observe(request, delta, previous)
+        request.events.put_nowait(delta)
+        if delta.finish:
+            attempt.cut = attempt.cut or not output.finish
+            self._finish_choice(worker, request, attempt)
+
+    def _observe(self, request: Request, delta: Delta, previous: float | None) -> None:
+        assert request.last_token is not None
+        self._metrics.output_tokens.inc(len(delta.tokens))
+        if previous is None:
+            self._metrics.ttft.observe(request.last_token - request.started)
+            self._metrics.cached_tokens.inc(request.cached_tokens)
+        else:
+            self._metrics.itl.observe(request.last_token - previous)
+
+    def _finish_choice(self, worker: str, request: Request, attempt: Attempt) -> None:
+        """A choice ended; if it was the last of its attempt, the attempt ends as well."""
+        if request.unfinished(attempt.choices):
+            return
+        del request.attempts[attempt.number]
+        self._fleet.release(attempt)
+        for other in attempt.workers():
+            # The sender knows of the end, unless it was ours; the prefill worker is done.
+            if attempt.cut or (other != worker and not attempt.handed_over):
+                self._link.send(other, Cancel(request.id, attempt.number))
+        if all(choice.finish for choice in request.choices):
+            self._end(request, "finished")
+
+    def failed(self, worker: str, message: Failed) -> None:
+        """A worker gave an attempt up."""
+        request = self._requests.get(message.request)
+        attempt = request.attempts.get(message.attempt) if request is not None else None
+        if request is None or attempt is None:
+            return
+        log.warning(
+            "request %s attempt %d failed on %s: %s %s",
+            request.label,
+            attempt.number,
+            worker,
+            message.reason,
+            message.detail,
+        )
+        match message.reason:
+            case "invalid":
+                self._fail(request, internal(request.label))
+                return
+            case "no_blocks":
+                request.refused.add(worker)
+            case "draining":
+                self._fleet[worker].draining = True
+            case "transfer" | "peer":
+                # The way between the two failed: take another prefill worker, or none.
+                request.avoid.add(attempt.prefill or worker)
+            case _:
+                request.avoid.add(worker)
+        self.replace(request, attempt, message.reason)
+
+    def replace(self, request: Request, attempt: Attempt, cause: str) -> None:
+        """The one way to go on after a loss: end the attempt, place its choices anew.
+
+        The attempt is over before anything else happens, so that nothing it still sends is
+        taken. Tokens that were emitted are part of the new prompt.
+        """
+        del request.attempts[attempt.number]
+        self._fleet.release(attempt)
+        for worker in attempt.workers():
+            self._link.send(worker, Cancel(request.id, attempt.number))
+        self._metrics.resumes.labels(cause).inc()
+        request.failures += cause not in _NO_FAILURE
+        if request.failures > self._patience.max_resumes:
+            self._fail(request, unavailable(f"Workers failed {request.failures} times: {cause}."))
+            return
+        unfinished = request.unfinished(attempt.choices)
+        if any(choice.tokens for choice in unfinished):
+            for choice in unfinished:
+                self._start(request, (choice.number,))
+        else:
+            self._start(request, tuple(choice.number for choice in unfinished))
+
+    def _fail(self, request: Request, error: RequestError) -> None:
+        if not request.over:
+            log.warning("request %s failed: %s", request.label, error)
+            request.events.put_nowait(error)
+            self._end(request, "failed")
+
+    def _end(self, request: Request, outcome: str) -> None:
+        """Nothing of the request is left behind, here or on a worker."""
+        assert not request.over
+        request.over = True
+        for attempt in request.attempts.values():
+            self._fleet.release(attempt)
+            for worker in attempt.workers():
+                self._link.send(worker, Cancel(request.id, attempt.number))
+        request.attempts.clear()
+        for entry in [entry for entry in self._waiting if entry.request is request]:
+            self._forget_waiting(entry)
+        del self._requests[request.id]
+        self._metrics.requests.labels(outcome).inc()
+        self._metrics.e2e.observe(time.monotonic() - request.started)
+        self._metrics.live.set(len(self._requests))
+        if not self._requests:
+            self._idle.set()

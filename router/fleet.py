@@ -1,0 +1,187 @@
+"""The live workers as this router sees them: who they are and how loaded.
+
+A worker is a member from the link's Up to its Down. Owned by `router.service`, which reports
+what comes in and reserves what goes out; read by `/health`, `/debug/workers` and placement.
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from common.messages import Load, Peer, WorkerInfo
+from router.placement import Candidate
+from router.request import Attempt
+
+log = logging.getLogger(__name__)
+
+
+class Gauge:
+    """A load that the worker reports late and that this router knows in part at once.
+
+    What was placed since the report before last is not in the report yet; what this router has
+    in flight is there in any case.
+    """
+
+    __slots__ = ("_newer", "_older", "own", "reported")
+
+    def __init__(self) -> None:
+        self.own = 0
+        self.reported = 0
+        self._older = 0
+        self._newer = 0
+
+    @property
+    def value(self) -> int:
+        return max(self.own, self.reported + self._older + self._newer)
+
+    def place(self, amount: int) -> None:
+        self.own += amount
+        self._newer += amount
+
+    def end(self, amount: int) -> None:
+        self.own -= amount
+        assert self.own >= 0, self.own
+
+    def report(self, value: int) -> None:
+        self.reported = value
+        self._older, self._newer = self._newer, 0
+
+
+class Member:
+    """One live worker."""
+
+    def __init__(self, info: WorkerInfo) -> None:
+        self.info = info
+        self.draining = info.state != "ready"
+        self.load = Load(free_blocks=info.num_blocks)
+        self.prefill_tokens = Gauge()
+        self.kv_tokens = Gauge()
+        self.num_seqs = Gauge()
+
+    @property
+    def peer(self) -> Peer:
+        return Peer(self.info.id, self.info.epoch, self.info.kv_address)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that its KV pool holds."""
+        return self.info.num_blocks * self.info.layout.block_size
+
+    def report(self, load: Load) -> None:
+        self.load = load
+        self.prefill_tokens.report(load.prefill_tokens)
+        self.kv_tokens.report(load.kv_tokens)
+        self.num_seqs.report(load.running + load.waiting)
+
+    def candidate(self) -> Candidate:
+        return Candidate(
+            id=self.info.id,
+            role=self.info.role,
+            content_id=self.info.content_id,
+            layout=self.info.layout,
+            capacity=self.capacity,
+            max_num_seqs=self.info.max_num_seqs,
+            prefill_tokens=self.prefill_tokens.value,
+            kv_tokens=self.kv_tokens.value,
+            num_seqs=self.num_seqs.value,
+            draining=self.draining,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a request may ask for."""
+
+    context: int
+    """Prompt and output tokens together, at most."""
+    vocab_size: int
+
+
+class Fleet:
+    def __init__(self, max_model_len: int = 0) -> None:
+        """`max_model_len` above 0 bounds what the workers allow."""
+        self._members: dict[str, Member] = {}
+        self._max_model_len = max_model_len
+        self.limits: Limits | None = None
+        """None until a decode worker was there; then the last ones known."""
+
+    def __contains__(self, worker_id: str) -> bool:
+        return worker_id in self._members
+
+    def __getitem__(self, worker_id: str) -> Member:
+        return self._members[worker_id]
+
+    def __iter__(self) -> Iterator[Member]:
+        return iter(self._members.values())
+
+    def get(self, worker_id: str | None) -> Member | None:
+        return None if worker_id is None else self._members.get(worker_id)
+
+    def up(self, info: WorkerInfo) -> None:
+        self._members[info.id] = Member(info)
+        self._update_limits()
+
+    def down(self, worker_id: str) -> None:
+        if self._members.pop(worker_id, None) is not None:
+            self._update_limits()
+
+    def why_not(self) -> str | None:
+        """None if a request can be served, else why not."""
+        decodes = [member for member in self if member.info.role == "decode"]
+        if not decodes:
+            return "no decode worker is connected"
+        if all(member.draining for member in decodes):
+            return "all decode workers are leaving"
+        return None
+
+    def snapshot(self) -> list[Candidate]:
+        return [member.candidate() for member in self]
+
+    def reserve(self, attempt: Attempt) -> None:
+        """Count an attempt as load of its workers at once; `release` ends it."""
+        for member in self._carriers(attempt):
+            member.num_seqs.place(len(attempt.choices))
+        if (decode := self.get(attempt.decode)) is not None:
+            decode.kv_tokens.place(attempt.kv_tokens)
+        if (prefill := self.get(attempt.prefill or attempt.decode)) is not None:
+            prefill.prefill_tokens.place(attempt.prefill_tokens)
+
+    def prefilled(self, attempt: Attempt) -> None:
+        """The first output came: the prompt is not to be computed any more."""
+        assert not attempt.prefilled
+        if (member := self.get(attempt.prefill or attempt.decode)) is not None:
+            member.prefill_tokens.end(attempt.prefill_tokens)
+        attempt.prefilled = True
+
+    def handed_over(self, attempt: Attempt) -> None:
+        """The decode worker spoke: the prefill worker is done."""
+        assert attempt.prefilled and not attempt.handed_over
+        if (member := self.get(attempt.prefill)) is not None:
+            member.num_seqs.end(len(attempt.choices))
+        attempt.handed_over = True
+
+    def release(self, attempt: Attempt) -> None:
+        """The attempt is over; what it still counts for ends."""
+        if not attempt.prefilled:
+            self.prefilled(attempt)
+        for member in self._carriers(attempt):
+            member.num_seqs.end(len(attempt.choices))
+        if (decode := self.get(attempt.decode)) is not None:
+            decode.kv_tokens.end(attempt.kv_tokens)
+
+    def _carriers(self, attempt: Attempt) -> list[Member]:
+        """Workers that still have something to do for the attempt."""
+        members = [self.get(attempt.decode)]
+        if not attempt.handed_over:
+            members.append(self.get(attempt.prefill))
+        return [member for member in members if member is not None]
+
+    def _update_limits(self) -> None:
+        infos = [member.info for member in self]
+        capacity = max((m.capacity for m in self if m.info.role == "decode"), default=0)
+        if not capacity:
+            return
+        context = min(capacity, *(info.max_model_len for info in infos))
+        if self._max_model_len:
+            context = min(context, self._max_model_len)
+        self.limits = Limits(context, min(info.vocab_size for info in infos))

@@ -1,0 +1,185 @@
+"""From a request body to requests for the service: names, prompts, limits, sampling parameters.
+
+`Intake.completion` and `Intake.chat` are called by the routes of `router.app`; what a client asks
+for and cannot have is a RequestError here, before anything was sent to a worker.
+"""
+
+import asyncio
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from common.errors import RequestError
+from common.sampling import SamplingParams
+from router.answer import Answer, Options
+from router.chat_answer import ChatAnswer
+from router.completion_answer import CompletionAnswer
+from router.fleet import Limits
+from router.prompts import Prompt, chat_prompt, completion_prompts, too_long
+from router.request import Choice, Event, Request, TextRule
+from router.schemas import ChatBody, CompletionBody, SamplingBody
+from router.service import Service
+from router.tokenizer import TextModel
+
+DEFAULT_MAX_TOKENS: Final = 16
+"""Of completions, as OpenAI has it; a chat may use the rest of the context."""
+MAX_CHOICES: Final = 1_024
+"""Prompts times `n` of one call."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One HTTP call, checked and tokenised, ready to be served."""
+
+    requests: list[Request]
+    events: asyncio.Queue[Event | None]
+    """What happens to all of them; None: the client is gone."""
+    answer: Answer
+    stream: bool
+
+
+class Intake:
+    def __init__(self, text_model: TextModel, model: str, service: Service) -> None:
+        self._text_model = text_model
+        self._model = model
+        self._service = service
+
+    async def completion(self, body: CompletionBody, label: str) -> Call:
+        """Raises RequestError."""
+        self._check_model(body.model)
+        if body.echo and body.logprobs is not None:
+            message = "'echo' with 'logprobs' is not supported."
+            raise RequestError(400, message, param="echo", code="unsupported_parameter")
+        limits = await self._service.limits()
+        prompts = await completion_prompts(body, self._text_model, limits)
+        longest = max(len(prompt.tokens) for prompt in prompts)
+        max_tokens = _room(limits, longest, body.max_tokens, DEFAULT_MAX_TOKENS, "prompt")
+        params = _sampling(body, limits, max_tokens, body.logprobs)
+        requests, events = self._requests(body, prompts, params, label)
+        echo = [self._text(prompt) for prompt in prompts] if body.echo else []
+        options = _options(body, params)
+        answer = CompletionAnswer(self._model, self._text_model, requests, options, echo)
+        return Call(requests, events, answer, bool(body.stream))
+
+    async def chat(self, body: ChatBody, label: str) -> Call:
+        """Raises RequestError."""
+        self._check_model(body.model)
+        if body.top_logprobs is not None and not body.logprobs:
+            message = "'top_logprobs' needs 'logprobs': true."
+            raise RequestError(400, message, param="top_logprobs")
+        limits = await self._service.limits()
+        prompt = await chat_prompt(body, self._text_model, limits)
+        wanted = body.max_completion_tokens
+        wanted = body.max_tokens if wanted is None else wanted
+        max_tokens = _room(limits, len(prompt.tokens), wanted, None, "messages")
+        logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        params = _sampling(body, limits, max_tokens, logprobs)
+        requests, events = self._requests(body, [prompt], params, label)
+        answer = ChatAnswer(self._model, self._text_model, requests, _options(body, params))
+        return Call(requests, events, answer, bool(body.stream))
+
+    def _text(self, prompt: Prompt) -> str:
+        return prompt.text if prompt.text is not None else self._text_model.decode(prompt.tokens)
+
+    def _check_model(self, name: str | None) -> None:
+        if name is not None and name != self._model:
+            raise unknown_model(name)
+
+    def _requests(
+        self, body: SamplingBody, prompts: Sequence[Prompt], params: SamplingParams, label: str
+    ) -> tuple[list[Request], asyncio.Queue[Event | None]]:
+        n = body.n or 1
+        if n * len(prompts) > MAX_CHOICES:
+            message = f"{len(prompts)} prompts with n = {n} are more than {MAX_CHOICES} choices."
+            raise RequestError(400, message, param="n")
+        stop = body.stop or ()
+        rule = TextRule(
+            stop=(stop,) if isinstance(stop, str) else tuple(stop),
+            include_stop=bool(body.include_stop_str_in_output),
+            skip_special_tokens=body.skip_special_tokens is not False,
+        )
+        events: asyncio.Queue[Event | None] = asyncio.Queue()
+        requests = [
+            Request(
+                id=secrets.randbits(63),
+                label=label,
+                prompt=prompt.tokens,
+                params=params,
+                rule=rule,
+                salt=body.cache_salt or "",
+                events=events,
+                first_choice=i * n,
+                choices=[Choice(number, rule, self._text_model) for number in range(n)],
+            )
+            for i, prompt in enumerate(prompts)
+        ]
+        return requests, events
+
+
+def unknown_model(name: str) -> RequestError:
+    return RequestError(
+        404, f"The model '{name}' does not exist.", param="model", code="model_not_found"
+    )
+
+
+def _sampling(
+    body: SamplingBody, limits: Limits, max_tokens: int, logprobs: int | None
+) -> SamplingParams:
+    if (body.min_tokens or 0) > max_tokens:
+        message = f"'min_tokens' is above the {max_tokens} tokens that may be generated."
+        raise RequestError(400, message, param="min_tokens")
+    seed = secrets.randbits(63) if body.seed is None else body.seed & (2**63 - 1)
+    return SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=body.min_tokens or 0,
+        temperature=_given(body.temperature, 1.0),
+        top_k=max(0, body.top_k or 0),
+        top_p=_given(body.top_p, 1.0),
+        min_p=_given(body.min_p, 0.0),
+        presence_penalty=_given(body.presence_penalty, 0.0),
+        frequency_penalty=_given(body.frequency_penalty, 0.0),
+        repetition_penalty=_given(body.repetition_penalty, 1.0),
+        logit_bias=_bias(body.logit_bias or {}, limits),
+        seed=seed,
+        ignore_eos=bool(body.ignore_eos),
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        logprobs=logprobs,
+    )
+
+
+def _given(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def _room(limits: Limits, num_prompt: int, wanted: int | None, default: int | None,
+          param: str) -> int:  # fmt: skip
+    """Output tokens that are allowed: `wanted`, else `default` or all that is left."""
+    left = limits.context - num_prompt
+    if left < 1 or (wanted is not None and wanted > left):
+        asked = f"{num_prompt + (wanted or 1)}"
+        detail = f"{num_prompt} in the {param}, {wanted or 1} in the completion"
+        raise too_long(limits, asked, param, detail)
+    if wanted is not None:
+        return wanted
+    return left if default is None else min(default, left)
+
+
+def _bias(given: dict[str, float], limits: Limits) -> tuple[tuple[int, float], ...]:
+    pairs = []
+    for key, value in given.items():
+        if not (key.isascii() and key.isdigit() and int(key) < limits.vocab_size):
+            message = f"'{key}' in 'logit_bias' is not a token id below {limits.vocab_size}."
+            raise RequestError(400, message, param="logit_bias")
+        pairs.append((int(key), value))
+    return tuple(pairs)
+
+
+def _options(body: SamplingBody, params: SamplingParams) -> Options:
+    stream = body.stream_options
+    return Options(
+        include_usage=bool(stream and stream.include_usage),
+        continuous_usage=bool(stream and stream.continuous_usage_stats),
+        token_ids=bool(body.return_token_ids),
+        logprobs=params.logprobs,
+    )

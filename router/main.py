@@ -1,0 +1,168 @@
+"""One router process: `main` is called by `tandem router` and `tandem up`.
+
+start: tokenizer, Redis, port -> serve -> SIGTERM: refuse new, finish what is live -> exit 0
+"""
+
+import asyncio
+import contextlib
+import errno
+import logging
+import secrets
+import signal
+import socket
+from collections.abc import Generator
+from pathlib import Path
+
+import uvicorn
+import uvloop
+
+from common import log as log_lines
+from common.config import RouterConfig
+from common.errors import ConfigError
+from common.identity import text_id
+from common.link import RouterLink
+from common.registry import check_redis
+from router.app import Parts, create_app
+from router.directory import Directory
+from router.dispatch import Patience
+from router.intake import Intake
+from router.metrics import RouterMetrics
+from router.service import Service
+from router.tokenizer import TextModel, locate
+
+log = logging.getLogger(__name__)
+
+BACKLOG = 2_048
+CLOSE_S = 5
+"""How long uvicorn waits for answers that are over to be written."""
+
+
+def main(config: RouterConfig) -> int:
+    """Runs until SIGTERM or SIGINT; returns the exit code. Raises ConfigError, in one line."""
+    name = f"router-{secrets.token_hex(4)}"
+    log_lines.setup(config, "router", name)
+    if config.model is None:
+        raise ConfigError("--model is missing")
+    if config.redis is None:
+        raise ConfigError("--redis is missing")
+    directory = locate(config.model, config.revision)
+    text_model = TextModel(directory, config.chat_template)
+    listener = listen(config.host, config.port)
+    with contextlib.closing(text_model), listener:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_serve(config, name, config.redis, directory, text_model, listener))
+    return 0
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket. Raises ConfigError, in one line."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except socket.gaierror as error:
+        raise ConfigError(f"--host {host} is no address: {error.strerror}") from error
+    listener = socket.socket(family, kind, protocol)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(f"port {port} of {host} is in use; choose another --port") from error
+        raise ConfigError(f"cannot listen on port {port} of {host}: {error.strerror}") from error
+    return listener
+
+
+async def _serve(
+    config: RouterConfig,
+    name: str,
+    redis_url: str,
+    directory: Path,
+    text_model: TextModel,
+    listener: socket.socket,
+) -> None:
+    await check_redis(redis_url)
+    assert config.model is not None
+    model = config.served_model_name or config.model
+    metrics = RouterMetrics()
+    link = RouterLink(name, config)
+    service = Service(
+        # The workers' identity: --chat-template is this router's own affair.
+        text_id=text_id(directory, None),
+        directory=Directory(redis_url, config.namespace),
+        link=link,
+        metrics=metrics,
+        patience=Patience(max_resumes=config.max_resumes),
+        max_model_len=config.max_model_len,
+    )
+    parts = Parts(
+        service=service,
+        intake=Intake(text_model, model, service),
+        metrics=metrics,
+        model=model,
+        api_key=config.api_key,
+    )
+    server = _Server(
+        uvicorn.Config(
+            create_app(parts),
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            ws="none",
+            timeout_graceful_shutdown=CLOSE_S,
+        )
+    )
+    try:
+        await _run(service, server, listener, config.drain_s)
+    finally:
+        await link.close()
+
+
+async def _run(
+    service: Service, server: "_Server", listener: socket.socket, drain_s: float
+) -> None:
+    """Serves until a signal; then finishes what is live, for at most `drain_s`."""
+    loop = asyncio.get_running_loop()
+    signals: asyncio.Queue[None] = asyncio.Queue()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, signals.put_nowait, None)
+    engine = asyncio.create_task(service.run())
+    http = asyncio.create_task(server.serve(sockets=[listener]))
+    stop = asyncio.create_task(signals.get())
+    host, port = listener.getsockname()[:2]
+    log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+    try:
+        await asyncio.wait((engine, http, stop), return_when=asyncio.FIRST_COMPLETED)
+        if stop.done():
+            await _drain(service, signals, drain_s)
+        server.should_exit = True
+        await http
+        if engine.done():
+            engine.result()  # a bug: let it be seen
+    finally:
+        for task in (engine, http, stop):
+            task.cancel()
+        await asyncio.gather(engine, http, stop, return_exceptions=True)
+
+
+async def _drain(service: Service, signals: "asyncio.Queue[None]", drain_s: float) -> None:
+    """New requests are refused; live ones end, at the latest with an error. A second signal
+    cuts it short."""
+    service.draining = True
+    log.info("leaving; %d requests are live", service.num_live)
+    idle = asyncio.create_task(service.idle())
+    hurry = asyncio.create_task(signals.get())
+    await asyncio.wait((idle, hurry), timeout=drain_s, return_when=asyncio.FIRST_COMPLETED)
+    idle.cancel()
+    hurry.cancel()
+    service.shut_down()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers: this process drains first."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield

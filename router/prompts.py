@@ -1,0 +1,120 @@
+"""Prompts as token ids: from strings, from token ids, from chat messages. Called by `intake`."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from common.errors import RequestError
+from router.fleet import Limits
+from router.schemas import ChatBody, CompletionBody, Message
+from router.tokenizer import TextModel
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    tokens: list[int]
+    text: str | None
+    """As the client wrote it; None if it sent token ids."""
+
+
+def too_long(limits: Limits, asked: str, param: str, detail: str = "") -> RequestError:
+    """400 in the words that clients look for."""
+    in_detail = f" ({detail})" if detail else ""
+    return RequestError(
+        400,
+        f"This model's maximum context length is {limits.context} tokens. However, you requested "
+        f"{asked} tokens{in_detail}. Please reduce the length of the {param} or completion.",
+        param=param,
+        code="context_length_exceeded",
+    )
+
+
+async def completion_prompts(
+    body: CompletionBody, text_model: TextModel, limits: Limits
+) -> list[Prompt]:
+    """The prompts of a completion, one or more. Raises RequestError (400)."""
+    special = body.add_special_tokens is not False
+    result = []
+    for part in _parts(body.prompt):
+        if isinstance(part, str):
+            _check_length(part, text_model, limits, "prompt")
+            tokens = await text_model.encode(part, add_special_tokens=special)
+            result.append(Prompt(tokens, part))
+        else:
+            result.append(Prompt(part, None))
+    for prompt in result:
+        if not prompt.tokens:
+            raise RequestError(400, "The prompt has no tokens.", param="prompt")
+        if max(prompt.tokens) >= limits.vocab_size:
+            message = f"Token id {max(prompt.tokens)} is not below {limits.vocab_size}."
+            raise RequestError(400, message, param="prompt")
+    return result
+
+
+async def chat_prompt(body: ChatBody, text_model: TextModel, limits: Limits) -> Prompt:
+    """The prompt of a conversation. Raises RequestError (400)."""
+    template = text_model.chat_template
+    if template is None:
+        message = "This model has no chat template; start the router with --chat-template."
+        raise RequestError(400, message, param="messages")
+    messages = [_plain(message, template.knows_developer) for message in body.messages]
+    _check_length("".join(m["content"] for m in messages), text_model, limits, "messages")
+    text = template.render(messages, body.add_generation_prompt is not False)
+    special = body.add_special_tokens is True  # the template has them already
+    tokens = await text_model.encode(text, add_special_tokens=special)
+    if not tokens:
+        raise RequestError(400, "The messages have no tokens.", param="messages")
+    return Prompt(tokens, text)
+
+
+def _parts(prompt: str | list[int] | list[str] | list[list[int]]) -> list[str | list[int]]:
+    """One entry per prompt."""
+    if isinstance(prompt, str):
+        return [prompt]
+    numbers = [part for part in prompt if isinstance(part, int)]
+    if numbers:
+        return [numbers]
+    return [part for part in prompt if not isinstance(part, int)]
+
+
+def _check_length(text: str, text_model: TextModel, limits: Limits, param: str) -> None:
+    """Refuse a text that is too long whatever its tokens are, before the work of encoding it."""
+    least = len(text) // text_model.longest_token
+    if least > limits.context:
+        raise too_long(limits, f"at least {least}", param)
+
+
+def _plain(message: Message, knows_developer: bool) -> dict[str, Any]:
+    """A message as templates expect it: text content, decoded tool arguments."""
+    content = message.content
+    if isinstance(content, list):
+        content = "\n".join(part.text for part in content)
+    role = message.role
+    if role == "developer" and not knows_developer:
+        role = "system"
+    plain: dict[str, Any] = {"role": role, "content": content or ""}
+    for name in ("name", "reasoning_content", "tool_call_id"):
+        if (value := getattr(message, name)) is not None:
+            plain[name] = value
+    if message.tool_calls:
+        plain["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {
+                    "name": call.function.name,
+                    "arguments": _decoded(call.function.arguments),
+                },
+            }
+            for call in message.tool_calls
+        ]
+    return plain
+
+
+def _decoded(arguments: str) -> object:
+    """Templates write the arguments as JSON themselves; what is no JSON stays as it is."""
+    try:
+        value: object = json.loads(arguments)
+    except (ValueError, RecursionError):
+        return arguments
+    return value

@@ -1,0 +1,104 @@
+"""The HTTP response of a completion: written as prebuilt ASGI messages, token by token.
+
+The route has done authorization, limits and body; from here on nothing stands between an engine's
+output and the socket: no validation, no middleware that looks at chunks. Owns the life of the
+call's requests: they are submitted here and, whatever happens, cancelled or over at the end.
+"""
+
+import asyncio
+from typing import Final
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from common.errors import RequestError
+from router import errors
+from router.intake import Call
+from router.request import Delta
+from router.service import Service
+
+_SSE_HEADERS: Final = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+class Reply(Response):
+    """Not initialised as a Response: it has neither body nor headers until the first token."""
+
+    def __init__(self, call: Call, service: Service) -> None:
+        self._call = call
+        self._service = service
+        self._open_choices = call.answer.num_choices
+        self.background = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        watcher = asyncio.create_task(self._watch(receive))
+        try:
+            for request in self._call.requests:
+                self._service.submit(request)
+            if self._call.stream:
+                await self._stream(scope, receive, send)
+            else:
+                await self._collect(scope, receive, send)
+        finally:
+            watcher.cancel()
+            self._cancel()
+
+    def _cancel(self) -> None:
+        for request in self._call.requests:
+            self._service.cancel(request)
+
+    async def _watch(self, receive: Receive) -> None:
+        """Cancel the work as soon as the client is gone."""
+        while (await receive())["type"] != "http.disconnect":
+            continue
+        self._cancel()
+        self._call.events.put_nowait(None)
+
+    async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answer, events = self._call.answer, self._call.events
+        item = await events.get()
+        if isinstance(item, RequestError):
+            # Nothing was sent yet: a plain HTTP error, which every client understands.
+            await errors.response(item)(scope, receive, send)
+            return
+        await send({"type": "http.response.start", "status": 200, "headers": _SSE_HEADERS})
+        parts = [answer.opening()]
+        over = False
+        while item is not None and not over:
+            if isinstance(item, RequestError):
+                # The end of the stream, without `[DONE]`: nobody takes it for a whole answer.
+                parts.append(b"data: " + errors.body(item) + b"\n\n")
+                over = True
+            else:
+                parts.append(self._chunk(item))
+                over = self._open_choices == 0
+                if over:
+                    parts.append(answer.closing())
+            if over or events.empty():
+                body = b"".join(parts)
+                await send({"type": "http.response.body", "body": body, "more_body": not over})
+                parts.clear()
+            if not over:
+                item = await events.get()
+
+    def _chunk(self, delta: Delta) -> bytes:
+        self._call.answer.take(delta)
+        self._open_choices -= bool(delta.finish)
+        return self._call.answer.chunk(delta)
+
+    async def _collect(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answer = self._call.answer
+        while self._open_choices:
+            item = await self._call.events.get()
+            if item is None:
+                return
+            if isinstance(item, RequestError):
+                await errors.response(item)(scope, receive, send)
+                return
+            answer.take(item)
+            self._open_choices -= bool(item.finish)
+        response = Response(answer.whole(), media_type=errors.JSON)
+        await response(scope, receive, send)

@@ -1,0 +1,203 @@
+"""One prompt that is being served: its choices, their tokens so far, and its attempts.
+
+`Request.take` turns the workers' outputs into `Delta`s, each token once, whatever attempt brought
+it. Owned by `router.service`, which alone changes it; the HTTP side reads `events`.
+"""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from common.blockhash import UNIT, BlockHash, chain, pack_tokens, seed
+from common.errors import RequestError
+from common.messages import Output, TokenLogprob
+from common.sampling import SamplingParams
+from router.detokenizer import Detokenizer, StopMatcher
+from router.tokenizer import TextModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextRule:
+    """How tokens become the text of a choice."""
+
+    stop: tuple[str, ...] = ()
+    include_stop: bool = False
+    skip_special_tokens: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one engine step added to one choice."""
+
+    choice: int
+    """Index in the HTTP answer, over all prompts of the call."""
+    text: str
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    finish: str
+    """Empty, `stop` or `length`."""
+    stop_reason: str | int | None
+    """The stop string or stop token id that ended the choice, if one did."""
+
+
+Event = Delta | RequestError
+"""RequestError: the request cannot go on; the last event."""
+
+
+@dataclass(slots=True, eq=False)
+class Attempt:
+    """One placement: which workers carry which choices, and the load that it stands for."""
+
+    number: int
+    choices: tuple[int, ...]
+    prefill: str | None
+    """None: the decode worker prefills itself."""
+    decode: str | None
+    """None: the first token is the last one."""
+    prefill_tokens: int
+    """Prompt tokens that count as load of whoever prefills, until the first output."""
+    kv_tokens: int
+    first: bool
+    """Carries the whole request from its beginning: its cache hit is the one to report."""
+    prefilled: bool = False
+    """A first output came: the prompt is computed."""
+    handed_over: bool = False
+    """The decode worker spoke after a prefill worker: the latter is not needed any more."""
+    cut: bool = False
+    """The router ended a choice (stop string) that the worker goes on with."""
+
+    def needs(self, worker_id: str) -> bool:
+        """The attempt cannot go on without this worker."""
+        if worker_id == self.prefill:
+            return not self.handed_over
+        return worker_id == self.decode
+
+    def workers(self) -> list[str]:
+        return [worker for worker in (self.prefill, self.decode) if worker is not None]
+
+
+class Choice:
+    """The token log and the text of one choice."""
+
+    __slots__ = ("_detokenizer", "_matcher", "finish", "number", "tokens")
+
+    def __init__(self, number: int, rule: TextRule, text_model: TextModel) -> None:
+        self.number = number
+        self.tokens: list[int] = []
+        self.finish = ""
+        self._detokenizer = Detokenizer(text_model, skip_special_tokens=rule.skip_special_tokens)
+        self._matcher = StopMatcher(rule.stop, include=rule.include_stop)
+
+    def extend(
+        self, tokens: Sequence[int], finish: str, min_tokens: int, show_end: bool
+    ) -> tuple[str, int, str | None]:
+        """Log `tokens` until a stop string or the end.
+
+        Returns (text to show, tokens taken, stop string that was matched). `show_end`: the token
+        that ended the choice is part of its text.
+        """
+        text = ""
+        for i, token in enumerate(tokens):
+            self.tokens.append(token)
+            is_end = finish == "stop" and i == len(tokens) - 1
+            piece = "" if is_end and not show_end else self._detokenizer.push((token,))
+            text += self._matcher.push(piece, armed=len(self.tokens) > min_tokens)
+            if self._matcher.matched is not None:
+                self.finish = "stop"
+                return text, i + 1, self._matcher.matched
+        if finish:
+            armed = len(self.tokens) > min_tokens
+            text += self._matcher.push(self._detokenizer.flush(), armed=armed)
+            text += self._matcher.flush()
+            self.finish = "stop" if self._matcher.matched is not None else finish
+        return text, len(tokens), self._matcher.matched
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """State of one prompt from submission to the end of its last choice."""
+
+    id: int
+    label: str
+    """What logs call it; from the client or made up, never a key."""
+    prompt: list[int]
+    params: SamplingParams
+    rule: TextRule
+    salt: str
+    events: asyncio.Queue[Event | None]
+    """Shared by all prompts of one HTTP call; None: its client is gone."""
+    first_choice: int
+    """Index of choice 0 in the HTTP answer."""
+    choices: list[Choice]
+    attempts: dict[int, Attempt] = field(default_factory=dict)
+    next_attempt: int = 1
+    failures: int = 0
+    avoid: set[str] = field(default_factory=set)
+    """Workers that failed this request; used again only if there is no other."""
+    refused: set[str] = field(default_factory=set)
+    """Workers on which it can never fit."""
+    cached_tokens: int = 0
+    """Prompt tokens that the first attempt found in a prefix cache."""
+    started: float = field(default_factory=time.monotonic)
+    first_token: float | None = None
+    last_token: float | None = None
+    over: bool = False
+    packed: bytes = b""
+    """`prompt` as messages carry it."""
+    _chains: dict[tuple[str, int], list[BlockHash]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.packed = pack_tokens(self.prompt)
+
+    @property
+    def num_outputs(self) -> int:
+        return sum(len(choice.tokens) for choice in self.choices)
+
+    def unfinished(self, choices: Sequence[int]) -> list[Choice]:
+        return [self.choices[i] for i in choices if not self.choices[i].finish]
+
+    def remaining(self, choice: Choice) -> int:
+        """Output tokens that the choice may still get."""
+        return self.params.max_tokens - len(choice.tokens)
+
+    def hashes(self, content_id: str, block_size: int) -> list[BlockHash]:
+        """Names of the prompt's full blocks on workers of this content and block size."""
+        key = (content_id, block_size)
+        if key not in self._chains:
+            parent = seed(content_id, self.salt)
+            self._chains[key] = chain(self.packed, parent, block_size // UNIT)
+        return self._chains[key]
+
+    def take(self, output: Output) -> Delta | None:
+        """The new part of an output; None if all of it was known.
+
+        The output belongs to a live attempt of this request. Raises ValueError if tokens are
+        missing before it: then the attempt cannot be trusted.
+        """
+        choice = self.choices[output.choice]
+        if choice.finish:
+            return None
+        known = len(choice.tokens) - output.index
+        if known < 0:
+            raise ValueError(f"choice {choice.number}: token {len(choice.tokens)} is missing")
+        fresh = output.tokens[known:]
+        if not fresh and not output.finish:
+            return None
+        stop_token = output.stop_token if output.stop_token >= 0 else None
+        text, num_taken, matched = choice.extend(
+            fresh, output.finish, self.params.min_tokens, show_end=self.rule.include_stop
+        )
+        now = time.monotonic()
+        if self.first_token is None:
+            self.first_token = now
+        self.last_token = now
+        logprobs = output.logprobs[known : known + num_taken]
+        return Delta(
+            self.first_choice + choice.number,
+            text,
+            fresh[:num_taken],
+            logprobs,
+            choice.finish,
+            matched if matched is not None else stop_token,
+        )
