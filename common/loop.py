@@ -21,13 +21,20 @@ class Carrier(Protocol):
     def post(self, items: list[Outgoing]) -> None: ...
 
 
+QUIET_S = 1.0
+"""Idle for this long, a worker checks its books; the check takes time on a large pool."""
+
+
 def run(engine: Engine, inbox: "SimpleQueue[object]", carrier: Carrier) -> None:
-    """The loop of the main thread; returns when the engine drained, blocks when it is idle.
+    """Returns when the engine has drained; blocks while there is nothing to do.
 
     Each turn posts one list: the outputs of the step before and the commands of this turn.
     """
-    while not engine.done:
-        take_all(engine, inbox, wait=False)
+    checked = True
+    while True:
+        take_all(engine, inbox, timeout=0.0)
+        if engine.done:
+            break
         batch = engine.next_batch()
         carrier.status = engine.status(busy=bool(batch))
         items = engine.flush()
@@ -35,27 +42,32 @@ def run(engine: Engine, inbox: "SimpleQueue[object]", carrier: Carrier) -> None:
             carrier.post(items)
         engine.metrics.show(carrier.status.load, engine.blocks.ledger())
         if batch:
+            checked = False
             started = monotonic()
             results = engine.step(batch)
             engine.metrics.step_seconds.observe(monotonic() - started)
             engine.settle(batch, results)
-        elif not engine.done:
+            continue
+        deadline = engine.deadline()
+        timeout = None if deadline is None else max(0.0, deadline - monotonic())
+        if checked:
+            take_all(engine, inbox, timeout)
+        elif not take_all(engine, inbox, QUIET_S if timeout is None else min(QUIET_S, timeout)):
             engine.blocks.check()
-            take_all(engine, inbox, wait=True)
+            checked = True
     carrier.post(engine.flush())
 
 
-def take_all(engine: Engine, inbox: "SimpleQueue[object]", wait: bool) -> None:
-    """Hand every event of the inbox to the engine; with `wait` at least one, or until the
-    engine's deadline."""
-    timeout = 0.0
-    if wait:
-        deadline = engine.deadline()
-        timeout = -1.0 if deadline is None else max(0.0, deadline - monotonic())
+def take_all(engine: Engine, inbox: "SimpleQueue[object]", timeout: float | None) -> bool:
+    """Hand every event of the inbox to the engine, after waiting for the first one at most
+    `timeout` seconds (None: for ever). False if none came."""
+    taken = False
     try:
-        event = inbox.get(block=timeout != 0.0, timeout=None if timeout < 0 else timeout)
+        event = inbox.get(timeout != 0.0, timeout)
         while True:
             engine.take(event, monotonic())
+            taken = True
             event = inbox.get_nowait()
     except Empty:
         engine.expire(monotonic())
+    return taken

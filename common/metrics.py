@@ -4,11 +4,15 @@ Counters and histograms are updated by the thread in which the event happens; th
 is safe for that. Labels are bounded: no request, router or peer in any of them.
 """
 
-from collections.abc import Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from common.messages import Ledger, Load
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -41,7 +45,9 @@ class WorkerMetrics:
         self.running = self._gauge("running", "Sequences that are computed")
         self.waiting = self._gauge("waiting", "Sequences that wait for blocks or for their KV")
         self.blocks = self._gauge("kv_blocks", "Blocks of the KV pool by state", "state")
-        self.transfers = self._gauge("transfer", "Counters of the KV transfers", "counter")
+        self.transfers = self._gauge(
+            "transfer", "Counters of the KV transfers since start", "counter", "reason"
+        )
         self.info = self._gauge("worker", "Always 1; the role of this worker", "role")
         self.info.labels(role).set(1)
 
@@ -58,10 +64,13 @@ class WorkerMetrics:
         for state in BLOCK_STATES:
             self.blocks.labels(state).set(getattr(ledger, state))
 
-    def show_transfers(self, counters: Mapping[str, int]) -> None:
-        """Take over the counters of the transfer endpoint, before a scrape."""
-        for name, value in counters.items():
-            self.transfers.labels(name).set(value)
+    def show_transfers(self, stats: "DataclassInstance") -> None:
+        """Take over the counters of the transfer endpoint: numbers, and counts by reason."""
+        for field in fields(stats):
+            value = getattr(stats, field.name)
+            counts = value if isinstance(value, dict) else {"": value}
+            for reason, count in counts.items():
+                self.transfers.labels(field.name, reason).set(count)
 
     def render(self) -> bytes:
         """The text exposition of all metrics."""

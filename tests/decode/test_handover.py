@@ -1,4 +1,4 @@
-"""Both engines connected in one process, with the stub model: the way of a request, step by step."""
+"""Both engines connected in one process, with a stub model: the way of a request, step by step."""
 
 import random
 

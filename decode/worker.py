@@ -1,0 +1,26 @@
+"""The decode worker process: `main` puts its parts together. Called by `deploy.cli`."""
+
+from queue import SimpleQueue
+
+from common import log
+from common.config import WorkerConfig
+from common.kv.blocks import BlockManager
+from common.startup import open_worker, quit_on_signals, serve, worker_name
+from decode.engine import DecodeEngine
+from kvtransfer.endpoint import Endpoint
+from kvtransfer.identity import EndpointIdentity
+
+
+def main(config: WorkerConfig) -> int:
+    """Serve until drained; returns the exit code. Raises ConfigError."""
+    quit_on_signals()
+    name = worker_name(config, "decode")
+    log.setup(config, "decode", name)
+    worker = open_worker(config, "decode", name)
+    info = worker.info
+    inbox: SimpleQueue[object] = SimpleQueue()
+    identity = EndpointIdentity(info.id, info.epoch, info.content_id, info.layout)
+    endpoint = Endpoint(identity, worker.pool, inbox, config, config.worker_host)
+    blocks = BlockManager(worker.pool.num_blocks)
+    engine = DecodeEngine(worker.runner, blocks, worker.limits, worker.metrics)
+    return serve(config, worker, engine, endpoint, inbox)

@@ -1,0 +1,29 @@
+"""The prefill worker process: `main` puts its parts together. Called by `deploy.cli`."""
+
+from queue import SimpleQueue
+
+from common import log
+from common.config import WorkerConfig
+from common.errors import ConfigError
+from common.kv.blocks import BlockManager
+from common.startup import open_worker, quit_on_signals, serve, worker_name
+from kvtransfer.endpoint import Endpoint
+from kvtransfer.identity import EndpointIdentity
+from prefill.engine import PrefillEngine
+
+
+def main(config: WorkerConfig) -> int:
+    """Serve until drained; returns the exit code. Raises ConfigError."""
+    quit_on_signals()
+    name = worker_name(config, "prefill")
+    log.setup(config, "prefill", name)
+    worker = open_worker(config, "prefill", name)
+    info = worker.info
+    if worker.pool.tensor.device.type != "cpu":
+        raise ConfigError("KV blocks can only be shipped from CPU memory: use --device cpu")
+    inbox: SimpleQueue[object] = SimpleQueue()
+    identity = EndpointIdentity(info.id, info.epoch, info.content_id, info.layout)
+    endpoint = Endpoint(identity, worker.pool, inbox, config, config.worker_host)
+    blocks = BlockManager(worker.pool.num_blocks)
+    engine = PrefillEngine(worker.runner, blocks, worker.limits, worker.metrics)
+    return serve(config, worker, engine, endpoint, inbox)
