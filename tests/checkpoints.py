@@ -140,7 +140,10 @@ def _randomise(model: torch.nn.Module, seed: int) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if "norm" in name:
+            if "q_norm" in name or "k_norm" in name:
+                # Normalised heads would attend to everything alike: make the scores vary.
+                parameter.copy_(1.6 * (1 + 0.2 * noise))
+            elif "norm" in name:
                 parameter.copy_(1 + 0.2 * noise)
             elif name.endswith("bias"):
                 parameter.copy_(0.3 * noise)
