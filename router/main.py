@@ -5,12 +5,10 @@ start: tokenizer, Redis, port -> serve -> SIGTERM: refuse new, finish what is li
 
 import asyncio
 import contextlib
-import errno
 import logging
 import secrets
 import signal
 import socket
-from collections.abc import Generator
 from pathlib import Path
 
 import uvicorn
@@ -27,12 +25,12 @@ from router.directory import Directory
 from router.dispatch import Patience
 from router.intake import Intake
 from router.metrics import RouterMetrics
+from router.server import Server, listen
 from router.service import Service
 from router.tokenizer import TextModel, locate
 
 log = logging.getLogger(__name__)
 
-BACKLOG = 2_048
 CLOSE_S = 5
 """How long uvicorn waits for answers that are over to be written."""
 
@@ -52,27 +50,6 @@ def main(config: RouterConfig) -> int:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_serve(config, name, config.redis, directory, text_model, listener))
     return 0
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A bound socket. Raises ConfigError, in one line."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-    except socket.gaierror as error:
-        raise ConfigError(f"--host {host} is no address: {error.strerror}") from error
-    listener = socket.socket(family, kind, protocol)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind(address)
-        listener.listen(BACKLOG)
-    except OSError as error:
-        listener.close()
-        if error.errno == errno.EADDRINUSE:
-            raise ConfigError(f"port {port} of {host} is in use; choose another --port") from error
-        raise ConfigError(f"cannot listen on port {port} of {host}: {error.strerror}") from error
-    return listener
 
 
 async def _serve(
@@ -104,7 +81,7 @@ async def _serve(
         model=model,
         api_key=config.api_key,
     )
-    server = _Server(
+    server = Server(
         uvicorn.Config(
             create_app(parts),
             log_config=None,
@@ -120,9 +97,7 @@ async def _serve(
         await link.close()
 
 
-async def _run(
-    service: Service, server: "_Server", listener: socket.socket, drain_s: float
-) -> None:
+async def _run(service: Service, server: Server, listener: socket.socket, drain_s: float) -> None:
     """Serves until a signal; then finishes what is live, for at most `drain_s`."""
     loop = asyncio.get_running_loop()
     signals: asyncio.Queue[None] = asyncio.Queue()
@@ -158,11 +133,3 @@ async def _drain(service: Service, signals: "asyncio.Queue[None]", drain_s: floa
     idle.cancel()
     hurry.cancel()
     service.shut_down()
-
-
-class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers: this process drains first."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None, None, None]:
-        yield

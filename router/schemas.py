@@ -6,7 +6,7 @@ field. Explicit nulls mean "not given". Called by `router.app`; read by `router.
 
 from typing import Annotated, Any, Final, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from common.errors import RequestError
 
@@ -21,7 +21,7 @@ _INT64: Final = 2**63
 
 _Token = Annotated[int, Field(ge=0, lt=2**31)]
 _Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
-_Tokens = Annotated[list[_Token], Field(min_length=1), FailFast()]
+_Tokens = Annotated[list[_Token], Field(min_length=1, fail_fast=True)]
 _Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
@@ -97,8 +97,8 @@ class CompletionBody(SamplingBody):
     prompt: (
         str
         | _Tokens
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS), FailFast()]
-        | Annotated[list[_Tokens], Field(min_length=1, max_length=MAX_PROMPTS), FailFast()]
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+        | Annotated[list[_Tokens], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     )
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)

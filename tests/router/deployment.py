@@ -1,0 +1,171 @@
+"""A router with stub workers: real HTTP, real links, a real Redis, all in one event loop."""
+
+import asyncio
+import contextlib
+import itertools
+import socket
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import openai
+import uvicorn
+
+from common.config import TimerConfig
+from common.identity import text_id
+from common.link import RouterLink
+from router.app import Parts, create_app
+from router.directory import Directory
+from router.dispatch import Patience
+from router.intake import Intake
+from router.metrics import RouterMetrics
+from router.server import Server, listen
+from router.service import Service
+from router.tokenizer import TextModel
+from tests.router.stub_worker import StubWorker
+
+MODEL = "stub-model"
+PATIENCE = Patience(grace_s=0.3, resume_s=3.0)
+TIMERS = TimerConfig(heartbeat_s=0.2)
+_namespaces = itertools.count()
+
+
+@dataclass(eq=False)
+class Deployment:
+    url: str
+    http: httpx.AsyncClient
+    openai: openai.AsyncOpenAI
+    service: Service
+    text_model: TextModel
+    metrics: RouterMetrics
+    prefills: list[StubWorker]
+    decodes: list[StubWorker]
+    redis_url: str
+    namespace: str
+    text_id: str
+
+    @property
+    def workers(self) -> list[StubWorker]:
+        return [*self.prefills, *self.decodes]
+
+    def value(self, name: str, **labels: str) -> float:
+        """A metric, 0 if it was never touched."""
+        return self.metrics.registry.get_sample_value(f"tandem_router_{name}", labels) or 0.0
+
+    async def add(self, role: str, id: str) -> StubWorker:
+        """One more worker, connected."""
+        worker = StubWorker(
+            id, role, self.redis_url, self.namespace, text_id=self.text_id, timers=TIMERS
+        )
+        (self.prefills if role == "prefill" else self.decodes).append(worker)
+        await worker.start()
+        await until(lambda: id in self.service.fleet)
+        return worker
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    """Returns when the condition holds."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        await asyncio.sleep(0.002)
+
+
+def free_listener() -> socket.socket:
+    return listen("127.0.0.1", 0)
+
+
+@contextlib.asynccontextmanager
+async def deployment(
+    redis_url: str,
+    text_files: Path,
+    *,
+    prefill: int = 1,
+    decode: int = 1,
+    patience: Patience = PATIENCE,
+    api_key: str | None = None,
+    max_model_len: int = 1024,
+    num_blocks: int = 4096,
+    max_body_bytes: int = 1 << 20,
+) -> AsyncIterator[Deployment]:
+    namespace = f"test-{next(_namespaces)}"
+    identity = text_id(text_files, None)
+    text_model = TextModel(text_files)
+    metrics = RouterMetrics()
+    link = RouterLink("router-test", TIMERS)
+    service = Service(
+        text_id=identity,
+        directory=Directory(redis_url, namespace),
+        link=link,
+        metrics=metrics,
+        patience=patience,
+    )
+    parts = Parts(
+        service=service,
+        intake=Intake(text_model, MODEL, service),
+        metrics=metrics,
+        model=MODEL,
+        api_key=api_key,
+        max_body_bytes=max_body_bytes,
+    )
+    workers = {
+        role: [
+            StubWorker(
+                f"{role}-{i}",
+                role,
+                redis_url,
+                namespace,
+                text_id=identity,
+                timers=TIMERS,
+                max_model_len=max_model_len,
+                num_blocks=num_blocks,
+            )
+            for i in range(count)
+        ]
+        for role, count in (("prefill", prefill), ("decode", decode))
+    }
+    listener = free_listener()
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    server = Server(
+        uvicorn.Config(
+            create_app(parts), log_config=None, access_log=False, lifespan="off", ws="none"
+        )
+    )
+    engine = asyncio.create_task(service.run())
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+    async with (
+        httpx.AsyncClient(base_url=url, timeout=30, headers=headers) as http,
+        openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=api_key or "none", max_retries=0) as sdk,
+    ):
+        try:
+            for worker in (*workers["prefill"], *workers["decode"]):
+                await worker.start()
+            started = list(workers["prefill"]) + list(workers["decode"])
+            await until(lambda: all(worker.info.id in service.fleet for worker in started))
+            yield Deployment(
+                url,
+                http,
+                sdk,
+                service,
+                text_model,
+                metrics,
+                workers["prefill"],
+                workers["decode"],
+                redis_url,
+                namespace,
+                identity,
+            )
+        finally:
+            assert not engine.done(), engine
+            for worker in (*workers["prefill"], *workers["decode"]):
+                await worker.kill()
+            server.should_exit = True
+            await serving
+            engine.cancel()
+            await asyncio.gather(engine, return_exceptions=True)
+            await link.close()
+            text_model.close()
+            listener.close()

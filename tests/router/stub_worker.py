@@ -1,0 +1,270 @@
+"""A worker without engine and KV: real link and registration, tokens that follow from the prompt.
+
+The next token is a function of (seed, choice, all tokens so far), so a resumed request gets the
+same tokens only if the router sent exactly what was emitted. A prefill stub answers the first
+token; a decode stub repeats it and goes on by itself, one token per sequence and step.
+"""
+
+import asyncio
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import TypeVar
+
+import msgspec
+
+from common.blockhash import pack_tokens, unpack_tokens
+from common.config import TimerConfig
+from common.link import WorkerLink
+from common.messages import (
+    Admit,
+    Cancel,
+    Failed,
+    Inspect,
+    Inspected,
+    Leaving,
+    Ledger,
+    Load,
+    Output,
+    Ping,
+    Pong,
+    Prefill,
+    Step,
+    TokenLogprob,
+    ToRouter,
+    ToWorker,
+)
+from common.registry import Registration
+from common.sampling import SamplingParams
+from tests.router.text_files import EOS
+from tests.worker_info import worker_info
+
+VOCAB = 320
+_Kind = TypeVar("_Kind")
+
+
+def next_token(seed: int, choice: int, tokens: Sequence[int]) -> int:
+    digest = blake2b(f"{seed}/{choice}/".encode() + pack_tokens(tokens), digest_size=8).digest()
+    return 4 + int.from_bytes(digest, "little") % (VOCAB - 4)
+
+
+def expected(prompt: Sequence[int], count: int, *, seed: int = 0, choice: int = 0) -> list[int]:
+    """The tokens that a request must get, whatever happens to it."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(next_token(seed, choice, tokens))
+    return tokens[len(prompt) :]
+
+
+@dataclass(eq=False)
+class _Sequence:
+    request: int
+    attempt: int
+    choice: int
+    tokens: list[int]
+    prompt_len: int
+    params: SamplingParams
+    router: bytes
+    cached_tokens: int
+
+    def step(self) -> Output:
+        """One more token."""
+        params = self.params
+        index = len(self.tokens) - self.prompt_len
+        token = next_token(params.seed, self.choice, self.tokens)
+        if dict(params.logit_bias).get(token, 0) == -100:
+            token = EOS
+        self.tokens.append(token)
+        is_stop = token in params.stop_token_ids
+        finish = ""
+        if is_stop or (token == EOS and not params.ignore_eos):
+            finish = "stop"
+        elif index + 1 >= params.max_tokens:
+            finish = "length"
+        logprobs: tuple[TokenLogprob, ...] = ()
+        if params.logprobs is not None:
+            top = tuple((i, -1.0 - i) for i in range(4, 4 + params.logprobs))
+            logprobs = (TokenLogprob(token, -0.5, top),)
+        cached, self.cached_tokens = self.cached_tokens, -1
+        return Output(
+            self.request,
+            self.attempt,
+            self.choice,
+            index,
+            (token,),
+            finish,
+            token if is_stop else -1,
+            logprobs,
+            cached,
+        )
+
+
+class StubWorker:
+    """`seen` has everything but pings; `gate` closed: the worker lives but computes nothing."""
+
+    def __init__(
+        self,
+        id: str,
+        role: str,
+        redis_url: str,
+        namespace: str,
+        *,
+        text_id: str,
+        num_blocks: int = 4096,
+        max_model_len: int = 1024,
+        timers: TimerConfig,
+    ) -> None:
+        self.info = worker_info(
+            id,
+            role=role,
+            epoch=secrets.randbits(63),
+            text_id=text_id,
+            vocab_size=VOCAB,
+            num_blocks=num_blocks,
+            max_model_len=max_model_len,
+            max_num_seqs=64,
+        )
+        self.seen: list[ToWorker] = []
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.step_s = 0.0
+        self.cached_tokens = 0
+        self.fail: str = ""
+        """Reason with which every new attempt is answered."""
+        self.ends_at = 1 << 30
+        """Steps after which the gate closes by itself."""
+        self._redis = (redis_url, namespace)
+        self._timers = timers
+        self._link = WorkerLink("127.0.0.1", timers)
+        self._running: list[_Sequence] = []
+        self._wake = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._registration: Registration | None = None
+        self.steps = 0
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def received(self, kind: type[_Kind]) -> list[_Kind]:
+        return [message for message in self.seen if isinstance(message, kind)]
+
+    async def start(self) -> None:
+        await self._link.start()
+        self.info = msgspec.structs.replace(self.info, address=self._link.address)
+        self._link.set_info(self.info)
+        url, namespace = self._redis
+        self._registration = Registration(url, namespace, self._timers.registry_ttl_s, self.info)
+        for work in (self._registration.run(), self._receive(), self._run()):
+            self._tasks.append(asyncio.create_task(work))
+
+    async def stop(self) -> None:
+        """Leave in order: the registry entry goes with the worker."""
+        if self._registration is not None:
+            await self._registration.leave()
+        await self.kill()
+
+    async def kill(self) -> None:
+        """End as with SIGKILL: sockets close, the registry entry stays until it expires."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._tasks:
+            self._tasks.clear()
+            await self._link.close()
+
+    def tell(self, router: bytes, message: ToRouter) -> None:
+        self._link.send(router, message)
+
+    def leaving(self) -> None:
+        """Announce a drain to every router that has work here."""
+        for router in {sequence.router for sequence in self._running}:
+            self._link.send(router, Leaving(done=False))
+
+    def give_up(self, reason: str) -> None:
+        """Fail everything that runs."""
+        for sequence in self._running:
+            self._link.send(sequence.router, Failed(sequence.request, sequence.attempt, reason))
+        self._running.clear()
+
+    async def _receive(self) -> None:
+        while True:
+            router, message = await self._link.receive()
+            if isinstance(message, Ping):
+                pong = Pong(message.seq, self.info.epoch, self.steps, self._load())
+                self._link.send(router, pong)
+                continue
+            self.seen.append(message)
+            match message:
+                case Prefill() | Admit() if self.fail:
+                    failed = Failed(message.request, message.attempt, self.fail)
+                    self._link.send(router, failed)
+                case Prefill() | Admit():
+                    self._admit(router, message)
+                case Cancel():
+                    self._running = [
+                        sequence
+                        for sequence in self._running
+                        if (sequence.request, sequence.attempt)
+                        != (message.request, message.attempt)
+                    ]
+                case Inspect():
+                    self._link.send(router, Inspected(message.seq, self._ledger()))
+                case _:
+                    raise AssertionError(message)
+
+    def _admit(self, router: bytes, work: Prefill | Admit) -> None:
+        prefills = isinstance(work, Prefill) or work.prefill is None
+        for choice in work.choices:
+            self._running.append(
+                _Sequence(
+                    work.request,
+                    work.attempt,
+                    choice,
+                    unpack_tokens(work.tokens),
+                    work.prompt_len,
+                    work.params,
+                    router,
+                    self.cached_tokens if prefills else -1,
+                )
+            )
+        self._wake.set()
+
+    async def _run(self) -> None:
+        while True:
+            if not self._running:
+                self._wake.clear()
+                await self._wake.wait()
+            await self.gate.wait()
+            await asyncio.sleep(self.step_s)
+            self._step()
+
+    def _step(self) -> None:
+        self.steps += 1
+        outputs: dict[bytes, list[Output]] = {}
+        for sequence in list(self._running):
+            output = sequence.step()
+            outputs.setdefault(sequence.router, []).append(output)
+            if output.finish or self.info.role == "prefill":
+                self._running.remove(sequence)
+        for router, some in outputs.items():
+            self._link.send(router, Step(tuple(some), self._load()))
+        if self.steps >= self.ends_at:
+            self.gate.clear()
+
+    def _load(self) -> Load:
+        tokens = sum(len(sequence.tokens) for sequence in self._running)
+        return Load(running=len(self._running), kv_tokens=tokens, free_blocks=self.info.num_blocks)
+
+    def _ledger(self) -> Ledger:
+        return Ledger(
+            num_blocks=self.info.num_blocks,
+            free=self.info.num_blocks - len(self._running),
+            cached=0,
+            in_use=len(self._running),
+            leased=0,
+            receiving=0,
+            draining=0,
+            running=len(self._running),
+        )
