@@ -6,13 +6,13 @@
     tandem:{ns}:events               stream; field `e` of each entry is a msgpack Event
 
 Workers write (`common.registry`), routers read (`router.directory`). A worker numbers its
-Changed events from 1 in each epoch; a Snapshot and a Digest describe its blocks after the event
-with their number, so that a reader can join them with the stream or see that it missed some.
+Changed events in each epoch; a Snapshot and a Digest describe its blocks after the event with
+their number, so that a reader can join them with the stream or see that it missed some.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final, NamedTuple
 
 import msgspec
 from redis.asyncio import Redis
@@ -55,6 +55,25 @@ class Keys:
         return f"tandem:{self.namespace}:blocks:{id}@{epoch}"
 
 
+class StreamId(NamedTuple):
+    """Of a stream entry; sorts in the order of the stream."""
+
+    ms: int
+    number: int
+
+    @classmethod
+    def parse(cls, text: bytes | str) -> "StreamId":
+        """Raises ProtocolError."""
+        try:
+            ms, _, number = (text.decode() if isinstance(text, bytes) else text).partition("-")
+            return cls(int(ms), int(number))
+        except ValueError as error:
+            raise ProtocolError(f"bad stream id {text!r}") from error
+
+    def __str__(self) -> str:
+        return f"{self.ms}-{self.number}"
+
+
 class Joined(msgspec.Struct, frozen=True, tag="joined"):
     """The worker is new, began a new epoch or changed its description: read it now."""
 
@@ -91,8 +110,7 @@ Event = Joined | Left | Changed | Digest
 
 
 class Snapshot(msgspec.Struct, frozen=True, array_like=True):
-    """All blocks of a worker after event `seq`, which comes no earlier than `stream_id`'s
-    successor or is already in the stream before it."""
+    """All blocks of a worker after its event `seq`; later events come after `stream_id`."""
 
     seq: int
     stream_id: str
@@ -147,7 +165,7 @@ def xor_hashes(hashes: Iterable[BlockHash]) -> int:
     return result
 
 
-def open_redis(url: str) -> "Redis[Any]":
+def open_redis(url: str) -> Redis:
     """A client with short timeouts and no retries of its own: its users reconnect themselves,
     because they must know that Redis was away. Raises ConfigError for a bad URL."""
     try:

@@ -1,12 +1,14 @@
 """Fixtures that every test may use."""
 
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.checkpoints import Architecture, write_checkpoint
+from tests.redis_server import RedisServer
 
 MakeCheckpoint = Callable[..., Path]
 """`(architecture, **options of write_checkpoint) -> directory`."""
@@ -26,3 +28,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
         return made[key]
 
     return make
+
+
+@pytest.fixture
+def redis_server() -> Iterator[RedisServer]:
+    """An empty Redis of this test's own, which the test may pause, kill and restart."""
+    with tempfile.TemporaryDirectory(prefix="tandem-redis-") as directory:
+        server = RedisServer(Path(directory))
+        server.start()
+        try:
+            yield server
+        finally:
+            server.close()
