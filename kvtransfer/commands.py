@@ -77,7 +77,8 @@ class Close:
 
 @dataclass(frozen=True, slots=True)
 class Abort:
-    """Stop the transfer and tell the receiver. Answered by nothing: the key is forgotten."""
+    """Stop the transfer and tell the receiver. Answered by nothing: the key is forgotten. The
+    blocks may be read until the endpoint has carried this out."""
 
     key: Key
     reason: str
@@ -105,7 +106,11 @@ class Delivered:
 
 @dataclass(frozen=True, slots=True)
 class Broken:
-    """The transfer failed (refused, stalled, lease over, peer lost): release the blocks."""
+    """The transfer is over without success and its blocks are not read any more: release them.
+
+    reason: `refused` (`detail`: what the receiver said), `stalled`, `incomplete`, `lease` (not
+    renewed), `peer` (lost), `reset` (of this endpoint).
+    """
 
     key: Key
     reason: str
@@ -138,7 +143,9 @@ class Returned:
     """The grant is given back unfinished: `landed` (positions) were filled and verified.
 
     Follows a Revoke, or comes by itself when the transfer failed (`reason`: `revoked`, `aborted`,
-    `finished`, `stalled`, `peer`, `incomplete`). Nothing writes to the slots any more.
+    `finished`, `stalled`, `peer`, `incomplete`, `reset`). Nothing writes to the slots any more.
+    Also sent, with nothing landed, for a key that was Wanted and got no Grant yet; a Grant that
+    crosses it has been answered by it. Each key ends in one Arrived, Returned or Refuse.
     """
 
     key: Key

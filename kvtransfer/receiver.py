@@ -267,6 +267,9 @@ class Receiver:
             else:
                 transfer.writing.add(block.position)
                 slots.append(block.slot)
+        if all(slot is None for slot in slots):
+            self._report(transfer, header)
+            return None
         return Landing(transfer, header, tuple(slots))
 
     def landed(self, landing: Landing, digests: Sequence[int], now: float) -> None:
@@ -290,9 +293,7 @@ class Receiver:
             if not transfer.writing:
                 self._give_back(transfer)
             return
-        # Blocks that had landed before are named again: the first Landed may have been lost.
-        there = tuple(b.position for b in landing.header.blocks if b.position in transfer.landed)
-        self.outbox.append((transfer.source.route, p.Landed(transfer.id, there)))
+        self._report(transfer, landing.header)
         self._arrive(transfer, now)
 
     # ------------------------------------------------------------ time
@@ -328,6 +329,11 @@ class Receiver:
 
     def _is_taken(self, key: Key) -> bool:
         return key in self._keys or self._ended_keys.get(key) is not None
+
+    def _report(self, transfer: Incoming, header: p.DataHeader) -> None:
+        """Blocks that had landed before are named again: the first Landed may have been lost."""
+        there = tuple(b.position for b in header.blocks if b.position in transfer.landed)
+        self.outbox.append((transfer.source.route, p.Landed(transfer.id, there)))
 
     def _send_ticket(self, transfer: Incoming) -> None:
         source = transfer.source

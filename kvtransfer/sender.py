@@ -6,6 +6,8 @@ bytes of a block are read only between its Offer and the end of its transfer.
 
     Open -> Begin ... Ticket -> blocks as they are offered -> Close ... Ack -> Delivered
                 \\ Nack, stall, lease over, peer lost -> Broken
+
+Each Open ends in exactly one Delivered, Broken or Abort.
 """
 
 from collections import deque
