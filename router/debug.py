@@ -42,23 +42,23 @@ def workers(service: Service) -> dict[str, Any]:
 
 
 async def ledger(service: Service) -> dict[str, Any]:
-    """The block ledger of each worker and their sum.
+    """The block ledger of each worker, by id, and their sum (`total`).
 
     A worker that does not answer in time is listed with an error, and the sum is not balanced.
     """
     ledgers = await service.ledgers(INSPECT_S)
-    rows: list[dict[str, Any]] = []
+    rows: dict[str, dict[str, Any]] = {}
     for worker, answer in ledgers.items():
         member = service.fleet.get(worker)
-        row: dict[str, Any] = {"id": worker, "role": member.info.role if member else None}
+        row: dict[str, Any] = {"role": member.info.role if member else None}
         if answer is None:
             row |= {"error": "no answer", "balanced": False}
         else:
             row |= msgspec.structs.asdict(answer)
-        rows.append(row)
+        rows[worker] = row
     known = [answer for answer in ledgers.values() if answer is not None]
     total: dict[str, Any] = {name: _sum(known, name) for name in _SUMMED}
-    total["balanced"] = all(row["balanced"] for row in rows)
+    total["balanced"] = all(row["balanced"] for row in rows.values())
     return {"workers": rows, "total": total, "live_requests": service.num_live}
 
 

@@ -1,5 +1,8 @@
 """Text to token ids and back, without torch: `tokenizer.json` through the tokenizers library.
 
+What tokenizer.json says about special tokens around a text is what counts (as in transformers 5,
+which ignores `add_bos_token` of tokenizer_config.json beside it).
+
 Owns the checkpoint's tokenizer, its chat template and the threads that encode long prompts; called
 by `router.intake` (prompts) and by `router.detokenizer` and `router.logprobs` (tokens to text).
 """
@@ -11,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, processors
+from tokenizers import AddedToken, Tokenizer
 
 from common.errors import ConfigError
 from router.chat_template import ChatTemplate
@@ -61,7 +64,6 @@ class TextModel:
         settings = _read_json(directory / "tokenizer_config.json")
         special = _special_tokens(directory, settings)
         self._add_named_tokens(special)
-        self._apply_bos_eos(settings, special)
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
         self.vocab_size = len(vocabulary)
         self.longest_token = max(map(len, vocabulary), default=1)
@@ -110,18 +112,6 @@ class TextModel:
         missing = [token for token in special.values() if self.backend.token_to_id(token) is None]
         if missing:
             self.backend.add_special_tokens([AddedToken(t, special=True) for t in missing])
-
-    def _apply_bos_eos(self, settings: Mapping[str, Any], special: Mapping[str, str]) -> None:
-        """`add_bos_token` and `add_eos_token` replace the post-processor, as in transformers."""
-        if "add_bos_token" not in settings and "add_eos_token" not in settings:
-            return
-        bos = special.get("bos_token") if settings.get("add_bos_token") else None
-        eos = special.get("eos_token") if settings.get("add_eos_token") else None
-        parts = ([f"{bos}:0"] if bos else []) + ["$A:0"] + ([f"{eos}:0"] if eos else [])
-        tokens = [(token, self.backend.token_to_id(token)) for token in (bos, eos) if token]
-        self.backend.post_processor = processors.TemplateProcessing(
-            single=" ".join(parts), special_tokens=tokens
-        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
