@@ -79,7 +79,7 @@ class Source:
     route: bytes
     heard_at: float
     lost_at: float | None = None
-    """When its connection was found closed; a new Hello of the same epoch heals it."""
+    """Since when it is thought to be gone; any message of it shows that it is not."""
     steps: int = -1
     step_s: float = 0.0
     stepped_at: float = float("-inf")

@@ -82,8 +82,8 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag="welcome"):
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
-    """No transfers on this connection: `version`, `content`, `layout`, `epoch` (an earlier life
-    of the sender); `unknown`: the receiver missed the Hello, say it again."""
+    """No transfers on this connection: `version`, `content`, `layout`; `unknown`: the receiver
+    missed the Hello, say it again."""
 
     reason: str
     detail: str

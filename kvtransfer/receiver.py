@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Sequence
 from random import Random
 
+from common.messages import Peer
 from kvtransfer import protocol as p
 from kvtransfer.commands import (
     Arrived,
@@ -63,13 +64,13 @@ class Receiver:
         self._timers = timers
         self._stats = stats
         self._random = random
-        self._sources: dict[str, Source] = {}
+        self._sources: dict[tuple[str, int], Source] = {}
+        """By id and epoch: each life is a source of its own."""
         self._routes: dict[bytes, Source] = {}
         self._transfers: dict[int, Incoming] = {}
         self._keys: dict[Key, Incoming] = {}
         self._ended: Tombstones[int, p.Ack | p.Nack] = Tombstones(timers.tombstone_s)
         self._ended_keys: Tombstones[Key, int] = Tombstones(timers.tombstone_s)
-        self._ended_lives: Tombstones[tuple[str, int], bool] = Tombstones(timers.tombstone_s)
 
     @property
     def num_live(self) -> int:
@@ -131,7 +132,7 @@ class Receiver:
             self._stats.dropped["unknown_route"] += 1
             self.outbox.append((route, p.Refused("unknown", "say Hello first")))
             return
-        source.heard_at = now
+        source.heard_at, source.lost_at = now, None
         match message:
             case p.Begin():
                 self._begin(source, message, now)
@@ -154,21 +155,17 @@ class Receiver:
 
     def _hello(self, route: bytes, hello: p.Hello, now: float) -> None:
         refused = self.identity.refusal(hello)
-        peer = hello.source
-        if refused is None and self._ended_lives.get((peer.id, peer.epoch)):
-            refused = p.Refused("epoch", f"{peer.id} has begun a later life")
         if refused is not None:
             self._stats.dropped[f"hello_{refused.reason}"] += 1
             self.outbox.append((route, refused))
             return
-        source = self._sources.get(peer.id)
-        if source is not None and source.peer.epoch != peer.epoch:
-            self._ended_lives.add((peer.id, source.peer.epoch), True, now)
-            self._lose(source, "peer", "gone", now)
-            source = None
+        peer = hello.source
+        source = self._sources.get((peer.id, peer.epoch))
         if source is None:
             self._make_room(now)
-            source = self._sources[peer.id] = Source(peer, route, heard_at=now)
+            source = Source(peer, route, heard_at=now)
+            self._sources[peer.id, peer.epoch] = source
+            self._suspect_others(peer, now)
         self._routes.pop(source.route, None)
         self._routes[route] = source
         source.peer, source.route, source.heard_at, source.lost_at = peer, route, now, None
@@ -300,10 +297,12 @@ class Receiver:
 
     def tick(self, now: float) -> None:
         """Renew leases, end what took too long. Call it every resend_s / 5."""
-        for ended in (self._ended, self._ended_keys, self._ended_lives):
-            ended.expire(now)
+        self._ended.expire(now)
+        self._ended_keys.expire(now)
         for source in list(self._sources.values()):
-            if source.lost_at is not None and now - source.lost_at > self._timers.grace_s:
+            silent = not source.transfers and now - source.heard_at > 2 * self._timers.idle_s
+            lost = source.lost_at is not None and now - source.lost_at > self._timers.grace_s
+            if silent or lost:
                 self._lose(source, "peer", "gone", now)
                 continue
             for transfer in list(source.transfers.values()):
@@ -393,7 +392,14 @@ class Receiver:
         for transfer in list(source.transfers.values()):
             self._end(transfer, reason, nack, now)
         self._routes.pop(source.route, None)
-        del self._sources[source.peer.id]
+        del self._sources[source.peer.id, source.peer.epoch]
+
+    def _suspect_others(self, peer: Peer, now: float) -> None:
+        """A worker that says Hello as a new life has probably lost the one before, unless that
+        one speaks again: their messages may be read in any order."""
+        for source in self._sources.values():
+            if source.peer.id == peer.id and source.peer.epoch != peer.epoch:
+                source.lost_at = now if source.lost_at is None else source.lost_at
 
     def _make_room(self, now: float) -> None:
         """Forget the sender that was silent longest; it will be asked to say Hello again."""

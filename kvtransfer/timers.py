@@ -33,10 +33,10 @@ class Timers:
     def of(config: TimerConfig) -> "Timers":
         return Timers(
             resend_s=min(0.5, config.stall_s / 4),
-            progress_s=min(1.0, config.stall_s / 4),
+            progress_s=min(config.heartbeat_s, config.stall_s / 4),
             renew_s=min(config.heartbeat_s, config.lease_s / 3),
             stall_s=config.stall_s,
             lease_s=config.lease_s,
-            grace_s=config.heartbeat_s,
+            grace_s=1.5 * config.heartbeat_s,
             connect_s=config.heartbeat_s * config.dead_after,
         )
