@@ -1,0 +1,133 @@
+"""Load as the router knows it: what it placed counts at once and until the end."""
+
+import pytest
+
+from common.messages import Load
+from router.fleet import Fleet, Gauge, Limits
+from router.request import Attempt
+from tests.worker_info import worker_info
+
+
+def test_gauge_counts_what_no_report_can_show_yet() -> None:
+    gauge = Gauge()
+    gauge.report(100)
+    gauge.place(10)
+    assert gauge.value == 110
+    gauge.report(100)  # may have been on its way when the 10 were placed
+    assert gauge.value == 110
+    gauge.report(105)
+    assert gauge.value == 105
+    gauge.report(0)
+    assert gauge.value == 10  # it is ours and not over
+    gauge.end(10)
+    assert gauge.value == 0
+
+
+def test_gauge_never_goes_below_nothing() -> None:
+    with pytest.raises(AssertionError):
+        Gauge().end(1)
+
+
+def attempt(prefill: str | None = "p", decode: str | None = "d") -> Attempt:
+    return Attempt(
+        number=1,
+        choices=(0, 1),
+        prefill=prefill,
+        decode=decode,
+        prefill_tokens=30,
+        kv_tokens=50,
+        first=True,
+    )
+
+
+def loads(fleet: Fleet) -> dict[str, tuple[int, int, int]]:
+    return {
+        member.info.id: (
+            member.prefill_tokens.value,
+            member.kv_tokens.value,
+            member.num_seqs.value,
+        )
+        for member in fleet
+    }
+
+
+def fleet() -> Fleet:
+    result = Fleet()
+    result.up(worker_info("p", role="prefill"))
+    result.up(worker_info("d", role="decode"))
+    for member in result:  # nothing counts as just placed
+        member.report(Load())
+    return result
+
+
+def settle(fleet: Fleet) -> None:
+    """Two reports of an idle worker: only what is ours counts."""
+    for member in fleet:
+        member.report(Load())
+        member.report(Load())
+
+
+def test_remote_attempt_from_start_to_end() -> None:
+    workers, one = fleet(), attempt()
+    workers.reserve(one)
+    assert loads(workers) == {"p": (30, 0, 2), "d": (0, 50, 2)}
+    workers.prefilled(one)
+    settle(workers)
+    assert loads(workers) == {"p": (0, 0, 2), "d": (0, 50, 2)}
+    workers.handed_over(one)
+    assert loads(workers) == {"p": (0, 0, 0), "d": (0, 50, 2)}
+    workers.release(one)
+    assert loads(workers) == {"p": (0, 0, 0), "d": (0, 0, 0)}
+
+
+@pytest.mark.parametrize(
+    ("one", "during"),
+    [
+        (attempt(prefill=None), {"p": (0, 0, 0), "d": (30, 50, 2)}),
+        (attempt(decode=None), {"p": (30, 0, 2), "d": (0, 0, 0)}),
+    ],
+)
+def test_attempt_on_one_worker(one: Attempt, during: dict[str, tuple[int, int, int]]) -> None:
+    workers = fleet()
+    workers.reserve(one)
+    assert loads(workers) == during
+    workers.release(one)
+    settle(workers)
+    assert loads(workers) == {"p": (0, 0, 0), "d": (0, 0, 0)}
+
+
+def test_attempt_that_outlives_its_prefill_worker() -> None:
+    workers, one = fleet(), attempt()
+    workers.reserve(one)
+    workers.prefilled(one)
+    workers.handed_over(one)
+    workers.down("p")
+    workers.up(worker_info("p", role="prefill", epoch=2))
+    workers.release(one)
+    settle(workers)
+    assert loads(workers) == {"d": (0, 0, 0), "p": (0, 0, 0)}
+
+
+def test_limits_are_those_of_the_smallest_and_survive_the_last_worker() -> None:
+    workers = Fleet(max_model_len=900)
+    assert workers.limits is None
+    workers.up(worker_info("p", role="prefill", vocab_size=100))
+    assert workers.limits is None
+    workers.up(worker_info("d", role="decode", num_blocks=50))
+    assert workers.limits == Limits(800, 100)  # 50 blocks of 16 tokens
+    workers.up(worker_info("e", role="decode", num_blocks=500))
+    assert workers.limits == Limits(900, 100)
+    workers.down("d")
+    workers.down("e")
+    assert workers.limits == Limits(900, 100)
+
+
+def test_who_can_serve() -> None:
+    workers = Fleet()
+    assert workers.why_not() == "no decode worker is connected"
+    workers.up(worker_info("p", role="prefill"))
+    assert workers.why_not() == "no decode worker is connected"
+    workers.up(worker_info("d", role="decode"))
+    assert workers.why_not() is None
+    workers["d"].draining = True
+    assert workers.why_not() == "all decode workers are leaving"

@@ -1,0 +1,120 @@
+"""Placement is pure: these tests are the table of its decisions."""
+
+from collections import Counter
+from dataclasses import replace
+from random import Random
+from typing import Any
+
+import pytest
+
+from common.messages import KvLayoutInfo
+from router.placement import LOCAL_TOKENS, Candidate, Placement, View, place
+
+LAYOUT = KvLayoutInfo(block_size=16, num_layers=2, num_kv_heads=2, head_dim=8, dtype="float32")
+
+
+def worker(id: str, **changes: Any) -> Candidate:
+    """`p...` prefills, `d...` decodes."""
+    plain = Candidate(
+        id=id,
+        role="prefill" if id.startswith("p") else "decode",
+        content_id="c0",
+        layout=LAYOUT,
+        capacity=10_000,
+        max_num_seqs=8,
+    )
+    return replace(plain, **changes)
+
+
+def view(num_tokens: int = 1000, **changes: Any) -> View:
+    return replace(View(num_tokens=num_tokens, remaining=100), **changes)
+
+
+def go(view: View, *workers: Candidate, seed: int = 0) -> Placement | None:
+    return place(view, workers, Random(seed))
+
+
+def test_one_of_each() -> None:
+    assert go(view(), worker("p0"), worker("d0")) == Placement("p0", "d0", 1000)
+
+
+def test_least_queued_prefill_and_least_filled_decode() -> None:
+    workers = (
+        worker("p0", prefill_tokens=500), worker("p1", prefill_tokens=400),
+        worker("d0", kv_tokens=900), worker("d1", kv_tokens=800),
+    )  # fmt: skip
+    assert go(view(), *workers) == Placement("p1", "d1", 1000)
+
+
+@pytest.mark.parametrize(("queue", "chosen"), [(700, "p0"), (900, "p1")])
+def test_prefix_hit_on_prefill_is_worth_its_tokens(queue: int, chosen: str) -> None:
+    workers = (worker("p0", prefill_tokens=queue), worker("p1"), worker("d0"))
+    placed = go(view(hits={"p0": 800}), *workers)
+    assert placed == Placement(chosen, "d0", 200 if chosen == "p0" else 1000)
+
+
+@pytest.mark.parametrize(("kv", "chosen"), [(700, "d0"), (900, "d1")])
+def test_prefix_hit_on_decode_is_worth_its_tokens(kv: int, chosen: str) -> None:
+    workers = (worker("p0"), worker("d0", kv_tokens=kv), worker("d1"))
+    assert go(view(hits={"d0": 800}), *workers) == Placement("p0", chosen, 1000)
+
+
+def test_a_full_decode_worker_is_passed_over() -> None:
+    workers = (worker("p0"), worker("d0", num_seqs=8), worker("d1", kv_tokens=500, num_seqs=7))
+    assert go(view(), *workers) == Placement("p0", "d1", 1000)
+    assert go(view(num_choices=2), *workers) == Placement("p0", "d1", 1000)
+
+
+def test_no_prefill_worker_means_local() -> None:
+    assert go(view(), worker("d0")) == Placement(None, "d0", 1000)
+    assert go(view(), worker("p0", draining=True), worker("d0")) == Placement(None, "d0", 1000)
+
+
+def test_local_if_nearly_all_is_cached_on_decode() -> None:
+    hit = 1000 - LOCAL_TOKENS
+    workers = (worker("p0"), worker("d0"))
+    assert go(view(hits={"d0": hit}), *workers) == Placement(None, "d0", LOCAL_TOKENS)
+    assert go(view(hits={"d0": hit - 1}), *workers) == Placement("p0", "d0", 1000)
+    # A short prompt that nobody holds is no reason to disturb the residents.
+    assert go(view(20), *workers) == Placement("p0", "d0", 20)
+
+
+def test_one_token_is_always_computed() -> None:
+    assert go(view(hits={"d0": 1000}), worker("d0")) == Placement(None, "d0", 1)
+
+
+def test_last_token_needs_no_decode_worker() -> None:
+    assert go(view(remaining=1), worker("p0"), worker("d0")) == Placement("p0", None, 1000)
+    assert go(view(remaining=1), worker("p0")) == Placement("p0", None, 1000)
+    assert go(view(remaining=1), worker("d0")) == Placement(None, "d0", 1000)
+
+
+def test_contents_and_layouts_are_never_mixed() -> None:
+    other = replace(worker("p0", content_id="c1"))
+    assert go(view(), other, worker("d0")) == Placement(None, "d0", 1000)
+    wide = KvLayoutInfo(block_size=32, num_layers=2, num_kv_heads=2, head_dim=8, dtype="float32")
+    assert go(view(), worker("p0", layout=wide), worker("d0")) == Placement(None, "d0", 1000)
+    busy = worker("p1", prefill_tokens=9_000)
+    assert go(view(), other, busy, worker("d0")) == Placement("p1", "d0", 1000)
+
+
+def test_nobody() -> None:
+    assert go(view()) is None
+    assert go(view(), worker("p0")) is None
+    assert go(view(), worker("p0"), worker("d0", draining=True)) is None
+    assert go(view(avoid=frozenset({"d0"})), worker("p0"), worker("d0")) is None
+    assert go(view(10_000), worker("p0"), worker("d0")) is None
+
+
+def test_workers_that_are_too_small_are_passed_over() -> None:
+    workers = (worker("p0", capacity=1000), worker("p1"), worker("d0", capacity=1000), worker("d1"))
+    assert go(view(), *workers) == Placement("p1", "d1", 1000)
+
+
+def test_ties_go_to_the_least_loaded_then_to_chance() -> None:
+    workers = (worker("p0"), worker("d0", num_seqs=1), worker("d1"))
+    assert go(view(), *workers) == Placement("p0", "d1", 1000)
+    even = [worker(f"d{i}") for i in range(3)]
+    chosen = Counter(str(go(view(), *even, seed=seed)) for seed in range(300))
+    assert len(chosen) == 3 and min(chosen.values()) > 60
+    assert go(view(), *even, seed=5) == go(view(), *even, seed=5)
