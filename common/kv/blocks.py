@@ -197,21 +197,25 @@ class BlockManager:
 
     def check(self) -> None:
         """Assert every invariant from the blocks themselves, in time linear in the pool."""
-        places: dict[str, list[int]] = {place: [] for place in PLACES}
-        hashes: dict[BlockHash, list[int]] = {}
+        counts = dict.fromkeys(PLACES, 0)
+        free = set(self._free)
+        num_sealed = 0
         for block, entry in enumerate(self._blocks):
             entry.check()
-            places[entry.place].append(block)
+            place = entry.place
+            counts[place] += 1
+            assert (block in free) == (place == "free"), self._show(block)
+            assert (block in self._cached) == (place == "cached"), self._show(block)
             if entry.hash is not None:
-                hashes.setdefault(entry.hash, []).append(block)
-                assert entry.is_held or self._prefixes[entry.hash] == block, self._show(block)
-        assert sorted(self._free) == places["free"], (self._free, places["free"])
-        assert sorted(self._cached) == places["cached"], (self._cached, places["cached"])
+                num_sealed += 1
+                is_first = self._prefixes[entry.hash] == block
+                assert is_first or entry.is_held, self._show(block)
+                assert is_first or self._prefixes.is_twin(entry.hash, block), self._show(block)
+        assert len(free) == len(self._free), sorted(self._free)
         ledger = self.ledger()
-        for place, blocks in places.items():
-            assert getattr(ledger, place) == len(blocks), (place, ledger, blocks)
+        assert counts == {place: getattr(ledger, place) for place in PLACES}, (ledger, counts)
         assert ledger.balanced, ledger
-        self._prefixes.check(hashes)
+        self._prefixes.check(num_sealed)
 
     # ------------------------------------------------------------ parts of the above
 

@@ -4,8 +4,6 @@ Of blocks with equal hashes the first one is found; the others are its twins. Us
 `common.kv.blocks` alone, which says when a block is sealed and when it is freed.
 """
 
-from collections.abc import Mapping
-
 from common.blockhash import BlockHash
 
 
@@ -63,12 +61,14 @@ class PrefixTable:
         self._stored, self._evicted = {}, {}
         return events
 
-    def check(self, sealed: Mapping[BlockHash, list[int]]) -> None:
-        """Assert that the table agrees with `sealed`: the sealed blocks, ascending, by hash."""
-        assert self._first.keys() == sealed.keys(), (self._first, sealed)
-        for hash, blocks in sealed.items():
-            known = sorted([self._first[hash], *self._twins.get(hash, ())])
-            assert known == blocks, (hash, known, blocks)
-        assert all(self._twins.values()) and self._twins.keys() <= sealed.keys(), self._twins
-        assert self._stored.keys() <= sealed.keys(), (self._stored, sealed)
-        assert not self._evicted.keys() & sealed.keys(), (self._evicted, sealed)
+    def is_twin(self, hash: BlockHash, block: int) -> bool:
+        return block in self._twins.get(hash, ())
+
+    def check(self, num_blocks: int) -> None:
+        """Assert that the table is sound and holds `num_blocks` blocks, twins included."""
+        num_twins = sum(len(twins) for twins in self._twins.values())
+        assert len(self._first) + num_twins == num_blocks, (len(self._first), num_twins, num_blocks)
+        for hash, twins in self._twins.items():
+            assert twins and self._first[hash] not in twins, (hash, self._first[hash], twins)
+        assert self._stored.keys() <= self._first.keys(), (self._stored, self._first)
+        assert self._evicted.keys().isdisjoint(self._first), (self._evicted, self._first)
