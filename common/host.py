@@ -101,6 +101,7 @@ class Host:
         self._ticked_at = 0.0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping: asyncio.Event | None = None
+        self._is_over = False
         self._failure: asyncio.Future[None] | None = None
         self._ready: Future[WorkerInfo] = Future()
         self._thread = threading.Thread(target=self._main, name="io", daemon=True)
@@ -122,6 +123,7 @@ class Host:
 
     def stop(self) -> None:
         """Say goodbye to routers and registry, close everything, end the thread."""
+        self._is_over = True  # should the loop not be there yet
         if self._loop is not None and self._stopping is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._stopping.set)
         self._thread.join()
@@ -138,8 +140,10 @@ class Host:
                 self._ready.set_exception(error)
 
     async def _serve(self) -> None:
-        self._loop = asyncio.get_running_loop()
         self._stopping = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        if self._is_over:
+            self._stopping.set()
         self._failure = self._loop.create_future()
         self._loop.set_exception_handler(self._crash)
         await check_redis(self._redis)

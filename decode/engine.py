@@ -248,10 +248,10 @@ class DecodeEngine(Engine):
     def _split(self, parent: Sequence, choices: list[int]) -> list[Sequence]:
         """One sequence per choice, running or (without room) waiting."""
         forks = self.scheduler.fork(parent, choices)
-        for _, source, target in forks:
-            if source != target:
-                self.runner.copy_block(source, target)
-        return [sequence for sequence, _, _ in forks]
+        for fork in forks:
+            if fork.source != fork.target:
+                self.runner.copy_block(fork.source, fork.target)
+        return [fork.sequence for fork in forks]
 
     def _append(self, attempt: Attempt, sequence: Sequence, draw: Sampled, cached: int) -> None:
         """Send the next token of one choice; end the choice, or go on after it."""

@@ -9,6 +9,7 @@ Used by `decode.engine`, in the engine thread.
 
 from bisect import insort
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from common.kv.blocks import BlockManager
 from common.schedule import Chunk, Limits, chunk_size, start, stop
@@ -25,6 +26,15 @@ class Plan:
     granted: list[Handover] = field(default_factory=list)
     started: list[Sequence] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
+
+
+class Fork(NamedTuple):
+    """One choice of a computed prompt. The block `source` is to be copied to `target` before the
+    next step; equal if there is nothing to copy."""
+
+    sequence: Sequence
+    source: int
+    target: int
 
 
 def order(candidate: "Sequence | Handover") -> tuple[int, int]:
@@ -76,18 +86,16 @@ class DecodeScheduler:
         """`sequence` has its blocks (its KV arrived): it runs from the next step on."""
         insort(self.running, sequence, key=order)
 
-    def fork(self, parent: Sequence, choices: list[int]) -> list[tuple[Sequence, int, int]]:
+    def fork(self, parent: Sequence, choices: list[int]) -> list[Fork]:
         """Split a computed prompt into one sequence per choice; the prompt's blocks are shared.
 
-        Takes over the blocks of `parent`, which must not be used any more. Each result is
-        (sequence, source, target): the partial last block `source` is to be copied to `target`
-        (equal if nothing is to be copied). A choice for which there is no block or no seat now
-        joins the queue like a preempted one.
+        Takes over the blocks of `parent`, which must not be used any more. A choice for which
+        there is no block or no seat now joins the queue like a preempted one.
         """
         if parent in self.running:
             self.running.remove(parent)
         full, tail = divmod(parent.num_computed, self.limits.block_size)
-        forks: list[tuple[Sequence, int, int]] = []
+        forks: list[Fork] = []
         for i, choice in enumerate(choices):
             child = replace(
                 parent,
@@ -112,7 +120,7 @@ class DecodeScheduler:
                 if i == 0:
                     self.blocks.release(parent.blocks)
                 self.add(child)
-            forks.append((child, source, target))
+            forks.append(Fork(child, source, target))
         parent.blocks = []
         return forks
 

@@ -5,7 +5,8 @@ from queue import SimpleQueue
 from common import log
 from common.config import WorkerConfig
 from common.kv.blocks import BlockManager
-from common.startup import open_worker, quit_on_signals, serve, worker_name
+from common.model.worker import open_worker
+from common.startup import quit_on_signals, serve, worker_name
 from decode.engine import DecodeEngine
 from kvtransfer.endpoint import Endpoint
 from kvtransfer.identity import EndpointIdentity
@@ -23,4 +24,4 @@ def main(config: WorkerConfig) -> int:
     endpoint = Endpoint(identity, worker.pool, inbox, config, config.worker_host)
     blocks = BlockManager(worker.pool.num_blocks)
     engine = DecodeEngine(worker.runner, blocks, worker.limits, worker.metrics)
-    return serve(config, worker, engine, endpoint, inbox)
+    return serve(config, info, engine, endpoint, inbox)

@@ -1,16 +1,32 @@
 """Both engines connected in one process, with a stub model: the way of a request, step by step."""
 
 import random
+from collections.abc import Callable
 
 import pytest
 
-from common.events import Drain, Reset, RouterGone
-from common.messages import Inspect, Inspected
+from common.blockhash import pack_tokens
+from common.events import Drain, FromRouter, Reset, RouterGone, Send, Ship
+from common.messages import Admit, Cancel, Failed, Inspect, Inspected, Peer, Prefill
 from common.sampling import SamplingParams
 from decode.engine import DecodeEngine
+from kvtransfer.commands import (
+    Arrived,
+    First,
+    Grant,
+    Key,
+    Refuse,
+    Returned,
+    Revoke,
+    Slot,
+    Wait,
+    Wanted,
+)
 from prefill.engine import PrefillEngine
-from tests.pair import ROUTER, Pair, Wire
-from tests.stub import EOS, StubRunner, stub_parts, stub_token
+from tests.pair import D_PEER, P_PEER, ROUTER, Pair, Stream, Wire
+from tests.stub import EOS, StubPool, StubRunner, stub_parts, stub_token
+
+Make = Callable[..., Pair]
 
 
 def make_pair(num_prefill: int = 32, num_decode: int = 32, **changes: object) -> Pair:
@@ -23,7 +39,7 @@ def make_colocated(num_blocks: int = 32, **changes: object) -> Pair:
     return Pair(None, DecodeEngine(*stub_parts(num_blocks, "decode", **changes)), None)
 
 
-def pool_of(engine: PrefillEngine | DecodeEngine):  # type: ignore[no-untyped-def]
+def pool_of(engine: PrefillEngine | DecodeEngine) -> StubPool:
     assert isinstance(engine.runner, StubRunner)
     return engine.runner.pool
 
@@ -38,7 +54,7 @@ def expected(prompt_len: int, params: SamplingParams, choice: int = 0) -> list[i
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 31, 32, 33, 200])
 @pytest.mark.parametrize("make", [make_pair, make_colocated])
-def test_tokens_do_not_depend_on_topology(length: int, make) -> None:  # type: ignore[no-untyped-def]
+def test_tokens_do_not_depend_on_topology(length: int, make: Make) -> None:
     pair = make()
     params = SamplingParams(max_tokens=40, seed=length)
     pair.submit(1, prompt_of(length), params)
@@ -70,7 +86,7 @@ def test_second_request_ships_only_what_is_missing() -> None:
 
 @pytest.mark.parametrize("length", [32, 40])
 @pytest.mark.parametrize("make", [make_pair, make_colocated])
-def test_choices_share_the_prompt(length: int, make) -> None:  # type: ignore[no-untyped-def]
+def test_choices_share_the_prompt(length: int, make: Make) -> None:
     pair = make()
     params = SamplingParams(max_tokens=30, seed=7)
     pair.submit(1, prompt_of(length), params, choices=(0, 1, 2))
@@ -81,7 +97,7 @@ def test_choices_share_the_prompt(length: int, make) -> None:  # type: ignore[no
 
 
 @pytest.mark.parametrize("make", [make_pair, make_colocated])
-def test_choices_that_end_at_the_first_token(make) -> None:  # type: ignore[no-untyped-def]
+def test_choices_that_end_at_the_first_token(make: Make) -> None:
     pair = make()
     ended = stub_token(5, 1, 20)
     params = SamplingParams(max_tokens=6, seed=5, stop_token_ids=(ended,))
@@ -99,24 +115,18 @@ def test_choices_that_end_at_the_first_token(make) -> None:  # type: ignore[no-u
 
 
 @pytest.mark.parametrize("make", [make_pair, make_colocated])
-def test_one_token_and_resumed_requests(make) -> None:  # type: ignore[no-untyped-def]
+def test_one_token_and_resumed_requests(make: Make) -> None:
     pair = make()
     pair.submit(1, prompt_of(20), SamplingParams(max_tokens=1, seed=5))
     params = SamplingParams(max_tokens=10, seed=6)
     so_far = expected(20, params)[:4]
     pair.submit(2, prompt_of(20) + so_far, params, attempt=3, prompt_len=20)
-    pair.streams[2, 3, 0] = pair.streams.get((2, 3, 0)) or _stream(so_far)
+    pair.streams[2, 3, 0] = Stream(tokens=list(so_far))
     pair.run()
     assert pair.streams[1, 0, 0].tokens == [stub_token(5, 0, 20)]
     assert pair.streams[2, 3, 0].tokens == expected(20, params)
     assert pair.streams[2, 3, 0].finish == "length"
     pair.assert_quiet()
-
-
-def _stream(tokens: list[int]):  # type: ignore[no-untyped-def]
-    from tests.pair import Stream
-
-    return Stream(tokens=list(tokens))
 
 
 def test_preemption_loses_nothing() -> None:
@@ -245,6 +255,97 @@ def test_lost_transfer_fails_the_attempt_and_keeps_what_landed() -> None:
     assert len(pair.decode.blocks.cached_hashes()) == landed
 
 
+def admit(request: int, tokens: list[int], prefill: Peer | None = P_PEER) -> FromRouter:
+    params = SamplingParams(max_tokens=5, seed=request)
+    work = Admit(
+        request=request,
+        attempt=0,
+        tokens=pack_tokens(tokens),
+        prompt_len=len(tokens),
+        choices=(0,),
+        params=params,
+        prefill=prefill,
+    )
+    return FromRouter(ROUTER, work)
+
+
+def shipped(decode: DecodeEngine) -> list[object]:
+    """The commands of one turn in which nothing is computed."""
+    assert decode.next_batch() == []
+    return [item.command for item in decode.flush() if isinstance(item, Ship)]
+
+
+def test_request_for_slots_before_its_admit() -> None:
+    decode = DecodeEngine(*stub_parts(8, "decode"))
+    known, unknown, ended, strange = (Key(i, 0) for i in range(4))
+    for key in (known, unknown, ended, strange):
+        decode.take(Wanted(key, P_PEER, 20), 10.0)
+    assert shipped(decode) == [] and decode.deadline() == 12.0
+    decode.take(admit(0, prompt_of(20)), 11.0)
+    decode.take(Returned(ended, (), "finished"), 11.0)
+    decode.take(admit(2, prompt_of(20)), 11.0)  # over before it began: no word to the router
+    decode.take(admit(3, prompt_of(21)), 11.0)  # another prompt than the sender's
+    assert shipped(decode) == [
+        Refuse(strange, "gone"),
+        Grant(known, (Slot(0, 0, 1), Slot(1, 1, 1))),
+    ]
+    decode.expire(12.0)
+    assert shipped(decode) == [Refuse(unknown, "gone")]
+    assert decode.deadline() is None
+    decode.take(Wanted(ended, P_PEER, 20), 12.0)
+    assert shipped(decode) == [Refuse(ended, "gone")]
+
+
+def test_requests_for_slots_wait_in_order_of_arrival() -> None:
+    decode = DecodeEngine(*stub_parts(8, "decode"))
+    keys = [Key(i, 0) for i in range(4)]
+    lengths = (100, 60, 16, 10)
+    for key, length in zip(keys, lengths, strict=True):
+        decode.take(admit(key.request, prompt_of(length, seed=length)), 0.0)
+    for key, length in zip(reversed(keys), reversed(lengths), strict=True):
+        decode.take(Wanted(key, P_PEER, length), 0.0)
+    # 7 of 8 blocks go to the first; the second waits, and nobody overtakes it.
+    grant, *others = shipped(decode)
+    assert grant == Grant(keys[0], tuple(Slot(i, i, 1) for i in range(7)))
+    assert others == [Wait(key) for key in keys[1:]]
+    decode.take(Wanted(keys[2], P_PEER, 16), 0.0)
+    assert shipped(decode) == [Wait(keys[2])]
+    # A cancelled grant is used again only after it came back; what landed stays cached.
+    decode.take(FromRouter(ROUTER, Cancel(0, 0)), 1.0)
+    assert shipped(decode) == [Revoke(keys[0])]
+    assert decode.blocks.ledger().receiving == 7 and not decode.idle()
+    decode.take(Returned(keys[0], (0, 1, 3), "revoked"), 1.0)
+    granted = shipped(decode)
+    assert [type(command) for command in granted] == [Grant, Grant, Grant]
+    assert [command.key for command in granted] == keys[1:]  # type: ignore[attr-defined]
+    assert len(decode.blocks.cached_hashes()) == 2  # 0 and 1: 3 lies behind a gap
+    decode.blocks.check()
+
+
+def test_first_tokens_of_choices_that_nobody_asked_for() -> None:
+    decode = DecodeEngine(*stub_parts(8, "decode"))
+    decode.take(admit(1, prompt_of(20)), 0.0)
+    decode.take(Wanted(Key(1, 0), P_PEER, 20), 0.0)
+    shipped(decode)
+    decode.take(Arrived(Key(1, 0), (First(3, 7, None),), 0), 0.0)
+    assert decode.next_batch() == []
+    sent = [item.message for item in decode.flush() if isinstance(item, Send)]
+    assert [(m.request, m.reason) for m in sent if isinstance(m, Failed)] == [(1, "transfer")]
+    assert decode.idle() and decode.blocks.ledger().in_use == 0
+
+
+def test_a_prefill_worker_takes_no_admit_and_a_decode_worker_no_prefill() -> None:
+    pair = make_pair()
+    assert pair.prefill is not None
+    pair.prefill.take(admit(1, prompt_of(20)), 0.0)
+    work = admit(2, prompt_of(20)).message
+    assert isinstance(work, Admit)
+    fields = {name: getattr(work, name) for name in work.__struct_fields__ if name != "prefill"}
+    pair.decode.take(FromRouter(ROUTER, Prefill(**fields, decode=D_PEER)), 0.0)
+    pair.run()
+    assert pair.failed == {(1, 0): "invalid", (2, 0): "invalid"}
+
+
 def test_bad_work_is_refused() -> None:
     pair = make_pair(max_model_len=64)
     pair.submit(1, [1000], SamplingParams(max_tokens=5))
@@ -257,8 +358,6 @@ def test_bad_work_is_refused() -> None:
 
 
 def test_inspect() -> None:
-    from common.events import FromRouter, Send
-
     decode = make_colocated(8).decode
     decode.take(FromRouter(b"r", Inspect(3)), 0.0)
     assert decode.flush() == [Send(b"r", Inspected(3, decode.blocks.ledger(0)))]
