@@ -55,6 +55,7 @@ def run(engine: Engine, inbox: "SimpleQueue[object]", carrier: Carrier) -> None:
         elif not take_all(engine, inbox, QUIET_S if timeout is None else min(QUIET_S, timeout)):
             engine.blocks.check()
             checked = True
+    carrier.status = engine.status(busy=False)
     carrier.post(engine.flush())
 
 
