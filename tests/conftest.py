@@ -1,14 +1,20 @@
 """Fixtures that every test may use."""
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.checkpoints import Architecture, write_checkpoint
 from tests.redis_server import RedisServer
+
+if TYPE_CHECKING:
+    from tests.checkpoints import Architecture
+
+# Before torch is imported: a reference model's second thread only spins beside real workers.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 MakeCheckpoint = Callable[..., Path]
 """`(architecture, **options of write_checkpoint) -> directory`."""
@@ -20,9 +26,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
     the whole session: copy it before changing a file."""
     made: dict[str, Path] = {}
 
-    def make(architecture: Architecture, **options: Any) -> Path:
+    def make(architecture: "Architecture", **options: Any) -> Path:
         key = f"{architecture} {sorted(options.items())}"
         if key not in made:
+            # Here, so that tests without a model do not wait for torch and transformers.
+            from tests.checkpoints import write_checkpoint
+
             directory = tmp_path_factory.mktemp(architecture)
             made[key] = write_checkpoint(directory, architecture, **options)
         return made[key]

@@ -21,8 +21,6 @@ from common.sampling import SamplingParams
 
 GREEDY_BELOW: Final = 1e-5
 """Temperatures below this mean greedy: dividing by them would only overflow."""
-SHORT_SORT: Final = 1024
-"""Top-p looks at this many tokens first and sorts the whole vocabulary only if it must."""
 
 _NONE: Final = float("-inf")
 
@@ -42,13 +40,11 @@ class Sampler:
         if not samples:
             return []
         rows = torch.tensor([row for row, _ in samples], device=logits.device)
-        plain = [i for i, (_, sample) in enumerate(samples) if self._is_plain(sample)]
+        rest = [i for i, (_, sample) in enumerate(samples) if not self._is_plain(sample)]
         tokens = [0] * len(samples)
-        if plain:
+        if len(rest) < len(samples):
             best = logits.argmax(-1).tolist()
-            for i in plain:
-                tokens[i] = best[samples[i][0]]
-        rest = [i for i in range(len(samples)) if i not in set(plain)]
+            tokens = [best[row] for row, _ in samples]
         if rest:
             chosen = self._draw_adjusted(logits[rows[rest]], [samples[i][1] for i in rest])
             for i, token in zip(rest, chosen, strict=True):
@@ -156,27 +152,18 @@ def _keep_top_k(logits: torch.Tensor, limits: Sequence[int]) -> None:
 
 def _keep_top_p(logits: torch.Tensor, limits: Sequence[float]) -> None:
     """Keep the fewest most likely tokens whose probabilities reach p (and ties with the last)."""
-    lines = [i for i, p in enumerate(limits) if p < 1]
-    width = min(SHORT_SORT, logits.shape[-1])
-    while lines:
-        chosen = logits[lines]
-        probabilities = chosen.softmax(-1)
-        whole = width == logits.shape[-1]
-        if whole:
-            best = probabilities.sort(dim=-1, descending=True).values
-        else:
-            best = probabilities.topk(width, dim=-1).values
+    vocab_size = logits.shape[-1]
+    for line, p in zip(logits, limits, strict=True):
+        if p >= 1:
+            continue
+        probabilities = line.softmax(-1)
+        # All tokens below this hold less than 1 - p together: they are never needed, and what is
+        # left to sort is small.
+        floor = (1 - p) / (2 * vocab_size)
+        best = probabilities[probabilities >= floor].sort(descending=True).values
         before = best.cumsum(-1, dtype=torch.float64) - best
-        wanted = torch.tensor([limits[i] for i in lines], device=logits.device)[:, None]
-        kept = (before < wanted).sum(-1, keepdim=True).clamp(min=1)
-        threshold = best.gather(1, kept - 1)
-        # A line that keeps all that was looked at may keep more: look at everything.
-        done = [whole or count < width for count in kept[:, 0].tolist()]
-        chosen.masked_fill_(probabilities < threshold, _NONE)
-        finished = [i for i, is_done in zip(lines, done, strict=True) if is_done]
-        logits[finished] = chosen[torch.tensor(done, device=logits.device)]
-        lines = [i for i, is_done in zip(lines, done, strict=True) if not is_done]
-        width = logits.shape[-1]
+        kept = (before < p).sum().clamp(min=1)
+        line.masked_fill_(probabilities < best[kept - 1], _NONE)
 
 
 def _logprobs(

@@ -4,14 +4,13 @@
 and so do gate and up, so that a layer has four matrix products.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from common.model.checkpoint import Checkpoint
+from common.model.progress import ProgressBar
 from common.model.spec import ModelSpec
 
 
@@ -73,25 +72,18 @@ def load_weights(
     """
     with (
         Checkpoint(directory) as checkpoint,
-        tqdm(
-            total=spec.num_layers + 1,
-            desc=f"loading {directory.name}",
-            unit="layer",
-            file=sys.stderr,
-            disable=None,
-            leave=False,
-        ) as bar,
+        ProgressBar(f"loading {directory.name}", spec.num_layers + 1) as bar,
     ):
         reader = _Reader(checkpoint, dtype, device)
         layers: list[LayerWeights] = []
         for index in range(spec.num_layers):
             layers.append(_read_layer(reader, spec, f"model.layers.{index}"))
-            bar.update()
+            bar.advance()
         vocabulary = (spec.vocab_size, spec.hidden_size)
         embedding = reader.one("model.embed_tokens.weight", vocabulary)
         norm = reader.one("model.norm.weight", (spec.hidden_size,))
         head = embedding if spec.tie_word_embeddings else reader.one("lm_head.weight", vocabulary)
-        bar.update()
+        bar.advance()
     return Weights(embedding=embedding, layers=tuple(layers), norm=norm, head=head)
 
 

@@ -126,8 +126,8 @@ def test_temperature(temperature: float) -> None:
 def test_top_k() -> None:
     kept = softmax([x if i in (0, 2, 5) else float("-inf") for i, x in enumerate(LOGITS)])
     assert_distributed(frequencies(LOGITS, top_k=3), kept, 13.82)
-    assert set(frequencies(LOGITS, top_k=1)) == {2}
-    assert set(frequencies(LOGITS, top_k=VOCAB)) == set(range(VOCAB))
+    assert set(frequencies(LOGITS, 2_000, top_k=1)) == {2}
+    assert set(frequencies(LOGITS, 2_000, top_k=VOCAB)) == set(range(VOCAB))
 
 
 def test_top_p() -> None:
@@ -136,8 +136,8 @@ def test_top_p() -> None:
     just_two = best[0] + best[1]
     kept = softmax([x if i in (2, 5) else float("-inf") for i, x in enumerate(LOGITS)])
     assert_distributed(frequencies(LOGITS, top_p=just_two - 1e-4), kept, 10.83)
-    assert set(frequencies(LOGITS, top_p=just_two + 1e-4)) == {0, 2, 5}
-    assert set(frequencies(LOGITS, top_p=0.001)) == {2}
+    assert set(frequencies(LOGITS, 2_000, top_p=just_two + 1e-4)) == {0, 2, 5}
+    assert set(frequencies(LOGITS, 2_000, top_p=0.001)) == {2}
 
 
 def test_top_p_over_a_large_flat_vocabulary() -> None:
@@ -153,10 +153,17 @@ def test_top_p_over_a_large_flat_vocabulary() -> None:
 
 def test_min_p() -> None:
     # Relative to the best token: exp(-1) of it is token 0, just below comes token 1.
-    assert set(frequencies(LOGITS, min_p=math.exp(-1.01))) == {0, 2, 5}
-    assert set(frequencies(LOGITS, min_p=math.exp(-0.99))) == {2, 5}
+    assert set(frequencies(LOGITS, 2_000, min_p=math.exp(-1.01))) == {0, 2, 5}
+    assert set(frequencies(LOGITS, 2_000, min_p=math.exp(-0.99))) == {2, 5}
     # After the temperature.
-    assert set(frequencies(LOGITS, min_p=math.exp(-1.01), temperature=2.0)) == {0, 1, 2, 4, 5, 7}
+    assert set(frequencies(LOGITS, 2_000, min_p=math.exp(-1.01), temperature=2.0)) == {
+        0,
+        1,
+        2,
+        4,
+        5,
+        7,
+    }
 
 
 def test_filters_of_one_row_leave_the_others_alone() -> None:
