@@ -24,7 +24,7 @@ from router.metrics import RouterMetrics
 from router.server import Server, listen
 from router.service import Service
 from router.tokenizer import TextModel
-from tests.router.stub_worker import StubWorker
+from tests.router.stub_worker import Handoffs, StubWorker
 
 MODEL = "stub-model"
 PATIENCE = Patience(grace_s=0.3, resume_s=3.0)
@@ -45,6 +45,7 @@ class Deployment:
     redis_url: str
     namespace: str
     text_id: str
+    handoffs: Handoffs
 
     @property
     def workers(self) -> list[StubWorker]:
@@ -57,7 +58,13 @@ class Deployment:
     async def add(self, role: str, id: str) -> StubWorker:
         """One more worker, connected."""
         worker = StubWorker(
-            id, role, self.redis_url, self.namespace, text_id=self.text_id, timers=TIMERS
+            id,
+            role,
+            self.redis_url,
+            self.namespace,
+            text_id=self.text_id,
+            handoffs=self.handoffs,
+            timers=TIMERS,
         )
         (self.prefills if role == "prefill" else self.decodes).append(worker)
         await worker.start()
@@ -110,6 +117,7 @@ async def deployment(
         api_key=api_key,
         max_body_bytes=max_body_bytes,
     )
+    handoffs = Handoffs()
     workers = {
         role: [
             StubWorker(
@@ -118,6 +126,7 @@ async def deployment(
                 redis_url,
                 namespace,
                 text_id=identity,
+                handoffs=handoffs,
                 timers=TIMERS,
                 max_model_len=max_model_len,
                 num_blocks=num_blocks,
@@ -157,6 +166,7 @@ async def deployment(
                 redis_url,
                 namespace,
                 identity,
+                handoffs,
             )
         finally:
             assert not engine.done(), engine

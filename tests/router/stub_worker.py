@@ -2,7 +2,8 @@
 
 The next token is a function of (seed, choice, all tokens so far), so a resumed request gets the
 same tokens only if the router sent exactly what was emitted. A prefill stub answers the first
-token; a decode stub repeats it and goes on by itself, one token per sequence and step.
+token; a decode stub that is told of a prefill worker waits for that, repeats the token and goes
+on by itself, one token per sequence and step.
 """
 
 import asyncio
@@ -57,6 +58,20 @@ def expected(prompt: Sequence[int], count: int, *, seed: int = 0, choice: int = 
     return tokens[len(prompt) :]
 
 
+class Handoffs:
+    """What the KV transfers of a whole deployment would bring: attempts that were prefilled."""
+
+    def __init__(self) -> None:
+        self.arrived: set[tuple[int, int]] = set()
+        self.more = asyncio.Event()
+        """Set, and replaced by a new one, when something arrived."""
+
+    def add(self, request: int, attempt: int) -> None:
+        self.arrived.add((request, attempt))
+        more, self.more = self.more, asyncio.Event()
+        more.set()
+
+
 @dataclass(eq=False)
 class _Sequence:
     request: int
@@ -67,6 +82,7 @@ class _Sequence:
     params: SamplingParams
     router: bytes
     cached_tokens: int
+    awaits_kv: bool
 
     def step(self) -> Output:
         """One more token."""
@@ -84,7 +100,7 @@ class _Sequence:
             finish = "length"
         logprobs: tuple[TokenLogprob, ...] = ()
         if params.logprobs is not None:
-            top = tuple((i, -1.0 - i) for i in range(4, 4 + params.logprobs))
+            top = tuple((4 + i, -1.0 - i) for i in range(params.logprobs))
             logprobs = (TokenLogprob(token, -0.5, top),)
         cached, self.cached_tokens = self.cached_tokens, -1
         return Output(
@@ -111,6 +127,7 @@ class StubWorker:
         namespace: str,
         *,
         text_id: str,
+        handoffs: Handoffs,
         num_blocks: int = 4096,
         max_model_len: int = 1024,
         timers: TimerConfig,
@@ -134,6 +151,7 @@ class StubWorker:
         """Reason with which every new attempt is answered."""
         self.ends_at = 1 << 30
         """Steps after which the gate closes by itself."""
+        self._handoffs = handoffs
         self._redis = (redis_url, namespace)
         self._timers = timers
         self._link = WorkerLink("127.0.0.1", timers)
@@ -227,6 +245,7 @@ class StubWorker:
                     work.params,
                     router,
                     self.cached_tokens if prefills else -1,
+                    not prefills,
                 )
             )
         self._wake.set()
@@ -238,18 +257,34 @@ class StubWorker:
                 await self._wake.wait()
             await self.gate.wait()
             await asyncio.sleep(self.step_s)
-            self._step()
+            more = self._handoffs.more
+            ready = [sequence for sequence in self._running if self._is_ready(sequence)]
+            if ready:
+                self._step(ready)
+            elif self._running:
+                self._wake.clear()
+                waits = [asyncio.create_task(event.wait()) for event in (more, self._wake)]
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+                for wait in waits:
+                    wait.cancel()
 
-    def _step(self) -> None:
+    def _is_ready(self, sequence: _Sequence) -> bool:
+        key = (sequence.request, sequence.attempt)
+        return not sequence.awaits_kv or key in self._handoffs.arrived
+
+    def _step(self, ready: Sequence[_Sequence]) -> None:
         self.steps += 1
         outputs: dict[bytes, list[Output]] = {}
-        for sequence in list(self._running):
+        for sequence in ready:
             output = sequence.step()
             outputs.setdefault(sequence.router, []).append(output)
             if output.finish or self.info.role == "prefill":
                 self._running.remove(sequence)
         for router, some in outputs.items():
             self._link.send(router, Step(tuple(some), self._load()))
+        if self.info.role == "prefill":
+            for sequence in ready:
+                self._handoffs.add(sequence.request, sequence.attempt)
         if self.steps >= self.ends_at:
             self.gate.clear()
 
