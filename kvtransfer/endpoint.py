@@ -22,6 +22,7 @@ from common.config import TimerConfig
 from common.errors import ConfigError, ProtocolError
 from common.messages import Peer
 from kvtransfer import protocol
+from kvtransfer.channel import Channel, cancel
 from kvtransfer.commands import (
     Abort,
     Close,
@@ -36,9 +37,10 @@ from kvtransfer.identity import EndpointIdentity
 from kvtransfer.memory import BlockMemory
 from kvtransfer.receiver import Receiver
 from kvtransfer.sender import Sender
-from kvtransfer.sockets import LinkMonitor, make_dealer, send_now
+from kvtransfer.sockets import send_now
 from kvtransfer.stats import TransferStats
 from kvtransfer.timers import Timers
+from kvtransfer.transport import Outlet
 from kvtransfer.zmq_transport import ZmqInlet, ZmqOutlet
 
 TransferEvent = SenderEvent | ReceiverEvent
@@ -50,23 +52,6 @@ class Inbox(Protocol):
     """The queue of the engine thread: a `queue.SimpleQueue`."""
 
     def put(self, item: TransferEvent, /) -> None: ...
-
-
-class Channel:
-    """The sockets towards one receiver; the data outlet is opened at its Welcome."""
-
-    def __init__(self, control: zmq.asyncio.Socket) -> None:
-        self.control = control
-        self.monitor = LinkMonitor(control)
-        self.outlet: ZmqOutlet | None = None
-        self.tasks: list[asyncio.Task[None]] = []
-
-    async def close(self) -> None:
-        await _cancel(self.tasks)
-        self.monitor.close()
-        self.control.close(linger=100)
-        if self.outlet is not None:
-            self.outlet.close()
 
 
 class Endpoint:
@@ -84,10 +69,17 @@ class Endpoint:
         self.address = ""
         self._memory = memory
         self._inbox = inbox
-        self._config = timers
         self._host = host
         self._timers = Timers.of(timers)
         self._stats = TransferStats()
+        heartbeat_ms = max(1, int(timers.heartbeat_s * 1000))
+        self._options: dict[int, int] = {
+            zmq.LINGER: 0,
+            zmq.MAXMSGSIZE: _MAX_CONTROL_BYTES,
+            zmq.HEARTBEAT_IVL: heartbeat_ms,
+            zmq.HEARTBEAT_TIMEOUT: heartbeat_ms * timers.dead_after,
+        }
+        """Of control sockets: a peer that is stopped or cut off loses its connection."""
         random = SystemRandom()
         self._sender = Sender(identity, memory, self._timers, self._stats, random)
         self._receiver = Receiver(identity, memory.block_bytes, self._timers, self._stats, random)
@@ -103,7 +95,8 @@ class Endpoint:
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._context = zmq.asyncio.Context()
         self._control = self._context.socket(zmq.ROUTER)
-        self._tune(self._control)
+        for option, value in self._options.items():
+            self._control.setsockopt(option, value)
         self._control.setsockopt(zmq.ROUTER_MANDATORY, 1)
         try:
             self._control.bind(f"tcp://{self._host}:*")
@@ -123,7 +116,7 @@ class Endpoint:
 
     async def close(self) -> None:
         """Close all sockets. What is still live is not reported: drain or reset before."""
-        await _cancel(self._tasks)
+        await cancel(self._tasks)
         for peer in list(self._channels):
             await self._channels.pop(peer).close()
         if self._closing:
@@ -226,7 +219,7 @@ class Endpoint:
                 self._sender.disconnected(peer, time.monotonic())
             self._flush()
 
-    async def _watch_data(self, peer: Peer, outlet: ZmqOutlet) -> None:
+    async def _watch_data(self, peer: Peer, outlet: Outlet) -> None:
         while True:
             if not await outlet.changed():
                 self._sender.data_lost(peer, time.monotonic())
@@ -295,10 +288,7 @@ class Endpoint:
                 self._flush()
 
     def _open(self, peer: Peer) -> Channel:
-        socket = make_dealer(self._context)
-        self._tune(socket)
-        channel = self._channels[peer] = Channel(socket)
-        socket.connect(peer.address)
+        channel = self._channels[peer] = Channel(self._context, peer.address, self._options)
         channel.tasks += [
             self._start(self._read_answers(peer, channel)),
             self._start(self._watch_control(peer, channel)),
@@ -309,8 +299,9 @@ class Endpoint:
         if "zmq" not in data:
             self._sender.lost(peer, f"no common transport: {sorted(data)}", time.monotonic())
             return
-        channel.outlet = ZmqOutlet(self._context, data["zmq"], self._memory)
-        channel.tasks.append(self._start(self._watch_data(peer, channel.outlet)))
+        outlet = ZmqOutlet(self._context, data["zmq"], self._memory)
+        channel.outlet = outlet
+        channel.tasks.append(self._start(self._watch_data(peer, outlet)))
 
     def _start(self, loop: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         """Run a loop whose failure is the endpoint's failure."""
@@ -323,17 +314,3 @@ class Endpoint:
             error = task.exception()
             assert error is not None, "the loops of an endpoint do not return"
             self._failure.set_exception(error)
-
-    def _tune(self, socket: zmq.asyncio.Socket) -> None:
-        heartbeat_ms = max(1, int(self._config.heartbeat_s * 1000))
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.MAXMSGSIZE, _MAX_CONTROL_BYTES)
-        socket.setsockopt(zmq.HEARTBEAT_IVL, heartbeat_ms)
-        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, heartbeat_ms * self._config.dead_after)
-
-
-async def _cancel(tasks: "list[asyncio.Task[None]]") -> None:
-    """End loops. What one failed with was reported by `Endpoint.failed`."""
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)

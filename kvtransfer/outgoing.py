@@ -1,4 +1,4 @@
-"""One transfer as its sender sees it, and the link that it belongs to. Used by `Sender` alone.
+"""One transfer as its sender sees it. Used by `Sender` and `OutgoingLink`.
 
 offered --(ticket wants it)--> queued --> sent --(Landed)--> landed
                                  ^          |
@@ -9,8 +9,8 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from common.messages import Peer
 from kvtransfer.commands import BlockRef, First, Key, Slot
+from kvtransfer.memory import BlockMemory, digest
 from kvtransfer.protocol import DataBlock, DataHeader, Ticket
 
 
@@ -103,44 +103,31 @@ class Outgoing:
                 self.landed.add(position)
                 self.moved_at = now
 
-    def header(self, positions: Iterable[int], epoch: int) -> DataHeader:
-        """The header for these positions; each digest must be known."""
+    def cut(self, count: int, memory: BlockMemory, epoch: int, now: float) -> Shipment:
+        """Take `count` blocks from the queue, for a receiver of this epoch."""
+        positions = [self.queued.popleft() for _ in range(count)]
+        runs: list[tuple[int, int]] = []
+        for position in positions:
+            block = self.offered[position].block
+            if position not in self.digests:
+                self.digests[position] = digest(memory.slab(block))
+            if runs and sum(runs[-1]) == block:
+                runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+            else:
+                runs.append((block, 1))
+        if not self.sent:
+            self.moved_at = now
+        self.sent.update(positions)
+        return Shipment(self._header(positions, epoch), tuple(runs))
+
+    def cut_fence(self, epoch: int) -> Shipment:
+        self.fence = False
+        return Shipment(self._header((), epoch), ())
+
+    def _header(self, positions: Iterable[int], epoch: int) -> DataHeader:
         blocks = []
         for position in positions:
             slot, ref = self.wanted[position], self.offered[position]
-            blocks.append(
-                DataBlock(position, slot.block, slot.generation, ref.fill, self.digests[position])
-            )
+            digest = self.digests[position]
+            blocks.append(DataBlock(position, slot.block, slot.generation, ref.fill, digest))
         return DataHeader(self.id, self.secret, epoch, self.round, tuple(blocks))
-
-
-@dataclass(slots=True, eq=False)
-class OutgoingLink:
-    """A sender's connection to one life of one receiver.
-
-    DOWN --connected--> GREETING --Welcome--> UP --disconnected--> DOWN; given up when it is not UP
-    for too long. Transfers live on while the connection comes back.
-    """
-
-    peer: Peer
-    down_since: float
-    connected: bool = False
-    up: bool = False
-    was_up: bool = False
-    hello_at: float = float("-inf")
-    window: int = 0
-    data: dict[str, str] = field(default_factory=dict)
-    progress_at: float = float("-inf")
-    moved_at: float = float("-inf")
-    used_at: float = 0.0
-    transfers: dict[int, Outgoing] = field(default_factory=dict)
-    ring: deque[Outgoing] = field(default_factory=deque)
-    """Transfers that may have something to ship, in the order of their turns."""
-
-    def enlist(self, transfer: Outgoing) -> None:
-        if (transfer.queued or transfer.fence) and transfer not in self.ring:
-            self.ring.append(transfer)
-
-    def outstanding(self) -> int:
-        """Blocks under way."""
-        return sum(len(transfer.sent) for transfer in self.transfers.values())

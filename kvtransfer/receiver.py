@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Sequence
 from random import Random
 
-from common.messages import Peer
 from kvtransfer import protocol as p
 from kvtransfer.commands import (
     Arrived,
@@ -30,12 +29,12 @@ from kvtransfer.commands import (
 )
 from kvtransfer.identity import EndpointIdentity
 from kvtransfer.incoming import Incoming, Landing, Source, State
+from kvtransfer.sources import Sources
 from kvtransfer.stats import TransferStats
 from kvtransfer.timers import Timers
 from kvtransfer.tombstones import Tombstones
 
 MAX_ROUNDS = 3
-MAX_SOURCES = 4096
 MAX_STEP_S = 60.0
 """A longer predicted engine step is not believed."""
 
@@ -64,9 +63,7 @@ class Receiver:
         self._timers = timers
         self._stats = stats
         self._random = random
-        self._sources: dict[tuple[str, int], Source] = {}
-        """By id and epoch: each life is a source of its own."""
-        self._routes: dict[bytes, Source] = {}
+        self._sources = Sources(timers)
         self._transfers: dict[int, Incoming] = {}
         self._keys: dict[Key, Incoming] = {}
         self._ended: Tombstones[int, p.Ack | p.Nack] = Tombstones(timers.tombstone_s)
@@ -99,7 +96,7 @@ class Receiver:
 
     def reset(self, identity: EndpointIdentity, now: float) -> None:
         """Begin a new life: every grant comes back, every sender must say Hello again."""
-        for source in list(self._sources.values()):
+        for source in self._sources:
             self._lose(source, "reset", "epoch", now)
         self.identity = identity
 
@@ -118,21 +115,18 @@ class Receiver:
     # ------------------------------------------------------------ from the connection
 
     def unreachable(self, route: bytes, now: float) -> None:
-        """The connection of this route is closed. It comes back with a Hello or not at all."""
-        source = self._routes.pop(route, None)
-        if source is not None and source.lost_at is None:
-            source.lost_at = now
+        """An answer could not be sent: the connection of this route is closed."""
+        self._sources.unreachable(route, now)
 
     def message(self, route: bytes, message: p.ToReceiver, now: float) -> None:
         if isinstance(message, p.Hello):
             self._hello(route, message, now)
             return
-        source = self._routes.get(route)
+        source = self._sources.hear(route, now)
         if source is None:
             self._stats.dropped["unknown_route"] += 1
             self.outbox.append((route, p.Refused("unknown", "say Hello first")))
             return
-        source.heard_at, source.lost_at = now, None
         match message:
             case p.Begin():
                 self._begin(source, message, now)
@@ -159,16 +153,10 @@ class Receiver:
             self._stats.dropped[f"hello_{refused.reason}"] += 1
             self.outbox.append((route, refused))
             return
-        peer = hello.source
-        source = self._sources.get((peer.id, peer.epoch))
-        if source is None:
-            self._make_room(now)
-            source = Source(peer, route, heard_at=now)
-            self._sources[peer.id, peer.epoch] = source
-            self._suspect_others(peer, now)
-        self._routes.pop(source.route, None)
-        self._routes[route] = source
-        source.peer, source.route, source.heard_at, source.lost_at = peer, route, now, None
+        if self._sources.is_full():
+            # Who is forgotten is asked to say Hello when it speaks again.
+            self._lose(self._sources.oldest(), "peer", "gone", now)
+        self._sources.greet(hello.source, route, now)
         welcome = p.Welcome(
             id=self.identity.id,
             epoch=self.identity.epoch,
@@ -299,10 +287,8 @@ class Receiver:
         """Renew leases, end what took too long. Call it every resend_s / 5."""
         self._ended.expire(now)
         self._ended_keys.expire(now)
-        for source in list(self._sources.values()):
-            silent = not source.transfers and now - source.heard_at > 2 * self._timers.idle_s
-            lost = source.lost_at is not None and now - source.lost_at > self._timers.grace_s
-            if silent or lost:
+        for source in self._sources:
+            if self._sources.is_over(source, now):
                 self._lose(source, "peer", "gone", now)
                 continue
             for transfer in list(source.transfers.values()):
@@ -391,18 +377,4 @@ class Receiver:
     def _lose(self, source: Source, reason: str, nack: str, now: float) -> None:
         for transfer in list(source.transfers.values()):
             self._end(transfer, reason, nack, now)
-        self._routes.pop(source.route, None)
-        del self._sources[source.peer.id, source.peer.epoch]
-
-    def _suspect_others(self, peer: Peer, now: float) -> None:
-        """A worker that says Hello as a new life has probably lost the one before, unless that
-        one speaks again: their messages may be read in any order."""
-        for source in self._sources.values():
-            if source.peer.id == peer.id and source.peer.epoch != peer.epoch:
-                source.lost_at = now if source.lost_at is None else source.lost_at
-
-    def _make_room(self, now: float) -> None:
-        """Forget the sender that was silent longest; it will be asked to say Hello again."""
-        if len(self._sources) >= MAX_SOURCES:
-            oldest = min(self._sources.values(), key=lambda source: source.heard_at)
-            self._lose(oldest, "peer", "gone", now)
+        self._sources.remove(source)

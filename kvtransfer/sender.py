@@ -29,8 +29,9 @@ from kvtransfer.commands import (
     Ticketed,
 )
 from kvtransfer.identity import EndpointIdentity
-from kvtransfer.memory import BlockMemory, digest
-from kvtransfer.outgoing import Outgoing, OutgoingLink, Shipment
+from kvtransfer.memory import BlockMemory
+from kvtransfer.outgoing import Outgoing, Shipment
+from kvtransfer.outgoing_link import OutgoingLink
 from kvtransfer.stats import TransferStats
 from kvtransfer.timers import Timers
 from kvtransfer.tombstones import Tombstones
@@ -134,18 +135,14 @@ class Sender:
         """The control connection is there (again)."""
         link = self.links.get(peer)
         if link is not None:
-            if link.up:
-                link.down_since = now
-            link.connected, link.up = True, False
+            link.lower(True, now)
             self._hello(link, now)
 
     def disconnected(self, peer: Peer, now: float) -> None:
         """The control connection was lost; it may come back for a while."""
         link = self.links.get(peer)
         if link is not None:
-            if link.up:
-                link.down_since = now
-            link.connected = link.up = False
+            link.lower(False, now)
 
     def lost(self, peer: Peer, detail: str, now: float) -> None:
         """This peer cannot be used: its transfers are Broken("peer")."""
@@ -171,7 +168,7 @@ class Sender:
             case p.Refused(reason, detail):
                 if reason == "unknown":
                     if link.up:
-                        link.up, link.down_since = False, now
+                        link.lower(True, now)
                         self._hello(link, now)
                 else:
                     self._drop(link, "refused", f"{reason}: {detail}", now)
@@ -212,15 +209,12 @@ class Sender:
                     self._stats.dropped["early_ack"] += 1
 
     def _welcome(self, link: OutgoingLink, message: p.Welcome, now: float) -> None:
-        if (message.id, message.epoch) != (link.peer.id, link.peer.epoch):
-            detail = f"{message.id}@{message.epoch} answers for {link.peer.id}@{link.peer.epoch}"
-            self._drop(link, "peer", detail, now)
-            return
         if link.up:
             return
-        link.connected = link.up = link.was_up = True
-        link.window = message.window
-        link.data = message.data
+        objection = link.welcome(message)
+        if objection:
+            self._drop(link, "peer", objection, now)
+            return
         for transfer in link.transfers.values():
             transfer.answered_at = now
             self._ask_again(link, transfer, now)
@@ -257,27 +251,25 @@ class Sender:
         """Repeat what was not answered, end what took too long. Call it every resend_s / 5."""
         self._ended.expire(now)
         for link in list(self.links.values()):
-            if not link.up:
-                self._tick_down(link, now)
             for transfer in list(link.transfers.values()):
                 self._tick_transfer(link, transfer, now)
-            if link.transfers:
-                link.used_at = now
-            elif now - link.used_at > self._timers.idle_s:
-                self.links.pop(link.peer, None)
-            held = any(transfer.round for transfer in link.transfers.values())
-            if link.up and held and now - link.progress_at >= self._timers.progress_s:
-                link.progress_at = now
-                self.outbox.append((link.peer, p.Progress(self._steps, self._step_s)))
+            self._tick_link(link, now)
 
-    def _tick_down(self, link: OutgoingLink, now: float) -> None:
-        timers = self._timers
-        if link.connected and now - link.hello_at >= timers.resend_s:
+    def _tick_link(self, link: OutgoingLink, now: float) -> None:
+        if link.needs_hello(now, self._timers):
             self._hello(link, now)
-        # A peer that is connected and does not answer may be busy; one that is not is gone.
-        limit = timers.grace_s if link.was_up else timers.connect_s
-        if now - link.down_since > (timers.stall_s if link.connected else limit):
+        if link.is_lost(now, self._timers):
             self._drop(link, "peer", f"{link.peer.address} cannot be reached", now)
+            return
+        if link.transfers:
+            link.used_at = now
+        elif now - link.used_at > self._timers.idle_s:
+            self._drop(link, "peer", "idle", now)
+            return
+        held = any(transfer.round for transfer in link.transfers.values())
+        if link.up and held and now - link.progress_at >= self._timers.progress_s:
+            link.progress_at = now
+            self.outbox.append((link.peer, p.Progress(self._steps, self._step_s)))
 
     def _tick_transfer(self, link: OutgoingLink, transfer: Outgoing, now: float) -> None:
         timers = self._timers
@@ -306,48 +298,15 @@ class Sender:
         """The next data message to this peer, round-robin over its transfers; None if nothing
         is queued or the window is full. The caller must send it."""
         link = self.links.get(peer)
-        if link is None or not link.up:
+        cut = link.next_shipment(self._memory, now) if link is not None else None
+        if link is None or cut is None:
             return None
-        for _ in range(len(link.ring)):
-            transfer = link.ring.popleft()
-            shipment = self._cut(link, transfer, now)
-            link.enlist(transfer)
-            if shipment is not None:
-                return shipment
-        return None
-
-    def _cut(self, link: OutgoingLink, transfer: Outgoing, now: float) -> Shipment | None:
-        """Take blocks of one transfer from its queue, at most RUN_BYTES and what the window
-        leaves; a fence when all of them are gone."""
-        epoch = link.peer.epoch
-        if not transfer.queued:
-            if not transfer.fence:
-                return None
-            transfer.fence = False
-            return Shipment(transfer.header((), epoch), ())
-        size = self._memory.block_bytes
-        outstanding = link.outstanding()
-        room = link.window // size - outstanding if outstanding else max(1, link.window // size)
-        count = min(len(transfer.queued), room, max(1, p.RUN_BYTES // size))
-        if count < 1:
-            return None
-        if not transfer.sent:
-            transfer.moved_at = now
-        runs: list[tuple[int, int]] = []
-        positions = [transfer.queued.popleft() for _ in range(count)]
-        for position in positions:
-            block = transfer.offered[position].block
-            if position not in transfer.digests:
-                transfer.digests[position] = digest(self._memory.slab(block))
-            if runs and sum(runs[-1]) == block:
-                runs[-1] = (runs[-1][0], runs[-1][1] + 1)
-            else:
-                runs.append((block, 1))
-        transfer.sent.update(positions)
+        transfer, shipment = cut
+        count = len(shipment.header.blocks)
         self._stats.blocks_sent += count
-        self._stats.bytes_sent += count * size
+        self._stats.bytes_sent += count * self._memory.block_bytes
         self._close(link, transfer, now)
-        return Shipment(transfer.header(positions, epoch), tuple(runs))
+        return shipment
 
     # ------------------------------------------------------------ helpers
 

@@ -1,0 +1,48 @@
+"""The sockets from an endpoint to one receiver. Used by `Endpoint` alone."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import zmq
+import zmq.asyncio
+
+from kvtransfer.sockets import LinkMonitor, make_dealer
+from kvtransfer.transport import Outlet
+
+
+class Channel:
+    """A control DEALER and, once the receiver has said where, an outlet for data."""
+
+    def __init__(
+        self, context: zmq.asyncio.Context, address: str, options: Mapping[int, int]
+    ) -> None:
+        """Raises zmq.ZMQError for an address that is none."""
+        self.control = make_dealer(context)
+        for option, value in options.items():
+            self.control.setsockopt(option, value)
+        self.monitor = LinkMonitor(self.control)
+        self.outlet: Outlet | None = None
+        self.tasks: list[asyncio.Task[None]] = []
+        """Loops of the endpoint that read these sockets; they end with the channel."""
+        try:
+            self.control.connect(address)
+        except zmq.ZMQError:
+            self.monitor.close()
+            self.control.close(linger=0)
+            raise
+
+    async def close(self) -> None:
+        await cancel(self.tasks)
+        self.monitor.close()
+        # The last message, an abort perhaps, gets a moment to leave.
+        self.control.close(linger=100)
+        if self.outlet is not None:
+            self.outlet.close()
+
+
+async def cancel(tasks: Sequence["asyncio.Task[Any]"]) -> None:
+    """End loops. What one of them failed with is reported by `Endpoint.failed`."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

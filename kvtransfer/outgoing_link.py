@@ -1,0 +1,100 @@
+"""A sender's link to one life of one receiver: whether it is there, and whose turn it is.
+
+    DOWN --connected--> GREETING --Welcome--> UP --disconnected--> DOWN
+
+Given up when it is not UP for too long; until then its transfers wait for the connection to come
+back. Used by `Sender` alone.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from common.messages import Peer
+from kvtransfer.memory import BlockMemory
+from kvtransfer.outgoing import Outgoing, Shipment
+from kvtransfer.protocol import RUN_BYTES, Welcome
+from kvtransfer.timers import Timers
+
+
+@dataclass(slots=True, eq=False)
+class OutgoingLink:
+    """Times are of the caller's monotonic clock."""
+
+    peer: Peer
+    down_since: float
+    connected: bool = False
+    up: bool = False
+    was_up: bool = False
+    hello_at: float = float("-inf")
+    window: int = 0
+    data: dict[str, str] = field(default_factory=dict)
+    """Data addresses of the receiver, by transport."""
+    progress_at: float = float("-inf")
+    moved_at: float = float("-inf")
+    """When a block of any transfer landed last."""
+    used_at: float = 0.0
+    transfers: dict[int, Outgoing] = field(default_factory=dict)
+    ring: deque[Outgoing] = field(default_factory=deque)
+    """Transfers that may have something to ship, in the order of their turns."""
+
+    # ------------------------------------------------------------ the connection
+
+    def lower(self, connected: bool, now: float) -> None:
+        """The connection is new (greet again) or gone."""
+        if self.up:
+            self.down_since = now
+        self.connected, self.up = connected, False
+
+    def welcome(self, message: Welcome) -> str:
+        """Raise the link; returns why that cannot be, or nothing."""
+        if (message.id, message.epoch) != (self.peer.id, self.peer.epoch):
+            return f"{message.id}@{message.epoch} answers for {self.peer.id}@{self.peer.epoch}"
+        self.connected = self.up = self.was_up = True
+        self.window = message.window
+        self.data = message.data
+        return ""
+
+    def needs_hello(self, now: float, timers: Timers) -> bool:
+        return self.connected and not self.up and now - self.hello_at >= timers.resend_s
+
+    def is_lost(self, now: float, timers: Timers) -> bool:
+        if self.up:
+            return False
+        if self.connected:
+            # Whoever accepts connections may be busy; whoever does not is gone.
+            limit = timers.stall_s
+        else:
+            limit = timers.grace_s if self.was_up else timers.connect_s
+        return now - self.down_since > limit
+
+    # ------------------------------------------------------------ data
+
+    def enlist(self, transfer: Outgoing) -> None:
+        """Give a transfer its turns as long as it has something to ship."""
+        if (transfer.queued or transfer.fence) and transfer not in self.ring:
+            self.ring.append(transfer)
+
+    def next_shipment(self, memory: BlockMemory, now: float) -> tuple[Outgoing, Shipment] | None:
+        """The next data message, round-robin over the transfers: at most RUN_BYTES and what the
+        window leaves."""
+        for _ in range(len(self.ring) if self.up else 0):
+            transfer = self.ring.popleft()
+            shipment = None
+            if transfer.queued:
+                count = min(len(transfer.queued), self._room(memory.block_bytes))
+                if count > 0:
+                    shipment = transfer.cut(count, memory, self.peer.epoch, now)
+            elif transfer.fence:
+                shipment = transfer.cut_fence(self.peer.epoch)
+            self.enlist(transfer)
+            if shipment is not None:
+                return transfer, shipment
+        return None
+
+    def _room(self, block_bytes: int) -> int:
+        """Blocks that the next message may have; at least one if nothing is under way."""
+        outstanding = sum(len(transfer.sent) for transfer in self.transfers.values())
+        room = self.window // block_bytes - outstanding
+        if not outstanding:
+            room = max(1, room)
+        return min(room, max(1, RUN_BYTES // block_bytes))

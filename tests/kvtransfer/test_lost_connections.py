@@ -1,0 +1,77 @@
+"""A lost connection is not a failed transfer: it goes on over the next one."""
+
+import asyncio
+
+import msgspec
+
+from common.config import TimerConfig
+from kvtransfer.commands import Arrived, Broken, Delivered, Key, Returned, Ticketed, Wanted
+from tests.kvtransfer.node import FIRST, Node, running
+from tests.kvtransfer.pool import BLOCK_SIZE
+from tests.kvtransfer.proxy import proxy
+
+KEY = Key(7, 1)
+TIMERS = TimerConfig(heartbeat_s=1, lease_s=5, stall_s=3)
+
+
+async def test_the_control_connection_is_cut_and_comes_back() -> None:
+    p, d = Node("p", 1, timers=TIMERS), Node("d", 2, timers=TIMERS)
+    async with running(p, d), proxy(d.endpoint.address) as between:
+        p.open(KEY, msgspec.structs.replace(d.peer, address=between.address), 4 * BLOCK_SIZE)
+        await d.events.next(Wanted)
+        between.cut()
+        d.grant(KEY, {i: i for i in range(4)})
+        await p.events.next(Ticketed)
+        p.offer(KEY, [0, 1])
+        while d.endpoint.stats().blocks_received < 2:
+            await asyncio.sleep(0.001)
+        between.cut()
+        p.offer(KEY, [2, 3], start=2)
+        p.finish(KEY)
+        assert await d.events.next(Arrived) == Arrived(KEY, FIRST, 4 * 64)
+        assert await p.events.next(Delivered) == Delivered(KEY, 4, 4 * 64)
+        assert between.num_connections >= 2
+
+
+async def test_the_data_connection_is_cut_in_mid_transfer() -> None:
+    """What was under way is lost and sent again in a second round."""
+    block_bytes = 1 << 18
+    p = Node("p", 1, block_bytes=block_bytes, timers=TIMERS)
+    d = Node("d", 2, block_bytes=block_bytes, timers=TIMERS)
+    async with running(p, d), proxy(d.endpoint._inlet.address) as between:
+        d.endpoint._receiver.data = {"zmq": between.address}
+        for block in range(64):
+            p.pool.fill(block, f"block {block}")
+        p.open(KEY, d.peer, 64 * BLOCK_SIZE)
+        await d.events.next(Wanted)
+        d.grant(KEY, {i: 63 - i for i in range(64)})
+        await p.events.next(Ticketed)
+        p.offer(KEY, range(64))
+        p.finish(KEY)
+        while between.forwarded < 3 << 20:
+            await asyncio.sleep(0)
+        between.cut()
+        await d.events.next(Arrived)
+        await p.events.next(Delivered)
+        assert d.endpoint.stats().rounds_repeated >= 1
+        assert all(d.pool.read(63 - i) == p.pool.read(i) for i in range(64))
+
+
+async def test_a_black_hole_in_the_data_path_is_a_stall() -> None:
+    timers = TimerConfig(heartbeat_s=5, lease_s=20, stall_s=0.6)
+    p, d = Node("p", 1, timers=timers), Node("d", 2, timers=timers)
+    async with running(p, d), proxy(d.endpoint._inlet.address) as between:
+        d.endpoint._receiver.data = {"zmq": between.address}
+        p.open(KEY, d.peer, 2 * BLOCK_SIZE)
+        await d.events.next(Wanted)
+        d.grant(KEY, {0: 0, 1: 1})
+        p.offer(KEY, [0])
+        await p.events.next(Ticketed)
+        while d.endpoint.stats().blocks_received < 1:
+            await asyncio.sleep(0.001)
+        between.swallow = True
+        p.offer(KEY, [1], start=1)
+        p.finish(KEY)
+        broken = await p.events.next(Broken, timeout_s=timers.stall_s + 1)
+        returned = await d.events.next(Returned, timeout_s=1)
+        assert (broken.key, returned.key, returned.landed) == (KEY, KEY, (0,))
