@@ -37,7 +37,8 @@ from common.link import WorkerLink
 from common.messages import Leaving, Ping, Pong, ToRouter, WorkerInfo
 from common.metrics import WorkerMetrics
 from common.monitor import Monitor
-from common.registry import Registration, check_redis
+from common.redis_client import check_redis
+from common.registry import Registration
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

@@ -15,16 +15,11 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 import msgspec
-from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 
 from common.blockhash import HASH_BYTES, BlockHash
-from common.errors import ConfigError, ProtocolError
+from common.errors import ProtocolError
 from common.messages import WorkerInfo
 
-TIMEOUT_S: Final = 2.0
-"""Every command is answered within this time or Redis counts as unreachable."""
 SNAPSHOT_TTL_S: Final = 60
 SHARED_TTL_S: Final = 3_600
 """Life of the keys that no single worker owns, after the last worker renewed them."""
@@ -32,8 +27,6 @@ MAX_EVENTS: Final = 10_000
 """About as many events stay in the stream; a reader that is slower reads snapshots."""
 EVENT_HASHES: Final = 512
 """Hashes in one Changed event at most."""
-FIRST_RETRY_S: Final = 0.05
-LAST_RETRY_S: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,18 +156,3 @@ def xor_hashes(hashes: Iterable[BlockHash]) -> int:
     for h in hashes:
         result ^= int.from_bytes(h, "little")
     return result
-
-
-def open_redis(url: str) -> Redis:
-    """A client with short timeouts and no retries of its own: its users reconnect themselves,
-    because they must know that Redis was away. Raises ConfigError for a bad URL."""
-    try:
-        return Redis.from_url(
-            url,
-            socket_timeout=TIMEOUT_S,
-            socket_connect_timeout=TIMEOUT_S,
-            retry=Retry(NoBackoff(), 0),
-            protocol=2,
-        )
-    except ValueError as error:
-        raise ConfigError(f"bad Redis URL {url!r}: {error}") from error

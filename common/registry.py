@@ -23,13 +23,10 @@ from redis.exceptions import RedisError
 from redis.typing import EncodableT
 
 from common.blockhash import BlockHash
-from common.errors import ConfigError
 from common.holdings import Holdings
 from common.messages import WorkerInfo
 from common.records import (
     EVENT_HASHES,
-    FIRST_RETRY_S,
-    LAST_RETRY_S,
     MAX_EVENTS,
     SHARED_TTL_S,
     SNAPSHOT_TTL_S,
@@ -38,8 +35,8 @@ from common.records import (
     Keys,
     Left,
     encode_info,
-    open_redis,
 )
+from common.redis_client import cancelled, next_retry_s, open_redis
 
 log = logging.getLogger(__name__)
 
@@ -53,17 +50,6 @@ class Pace:
     flush_s: float = 0.05
     digest_s: float = 2.0
     snapshot_s: float = 5.0
-
-
-async def check_redis(url: str) -> None:
-    """Raises ConfigError if no Redis answers at `url`."""
-    client = open_redis(url)
-    try:
-        await client.echo("tandem")
-    except (RedisError, OSError) as error:
-        raise ConfigError(f"Redis at {url} does not answer: {error}") from error
-    finally:
-        await client.aclose()
 
 
 def _text(reply: Any) -> str:
@@ -125,7 +111,7 @@ class Registration:
         """Keeps the registration until `leave`. Ends by cancellation or after `leave`."""
         retry_s = 0.0
         try:
-            while not self._left:
+            while not self._left and not cancelled():
                 try:
                     async with self._writing:
                         await self._write()
@@ -135,7 +121,7 @@ class Registration:
                 except (RedisError, OSError) as error:
                     if not retry_s:
                         log.warning("redis is unreachable, %s serves on: %s", self._info.id, error)
-                    retry_s = min(max(2 * retry_s, FIRST_RETRY_S), LAST_RETRY_S)
+                    retry_s = next_retry_s(retry_s)
                     self._shown = None
                     await self._client.connection_pool.disconnect()
                 await self._pause(retry_s)

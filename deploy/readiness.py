@@ -10,7 +10,8 @@ from urllib.parse import urlsplit
 
 from redis.exceptions import RedisError
 
-from common.records import Keys, open_redis
+from common.records import Keys
+from common.redis_client import open_redis
 from deploy.process import Process
 
 ANSWER_S = 2.0

@@ -17,9 +17,6 @@ from common.blockhash import BlockHash
 from common.errors import ProtocolError
 from common.messages import WorkerInfo
 from common.records import (
-    FIRST_RETRY_S,
-    LAST_RETRY_S,
-    TIMEOUT_S,
     Changed,
     Digest,
     Event,
@@ -29,9 +26,9 @@ from common.records import (
     decode_event,
     decode_info,
     decode_snapshot,
-    open_redis,
     unpack_hashes,
 )
+from common.redis_client import TIMEOUT_S, cancelled, next_retry_s, open_redis
 from router.events import EventStream
 from router.follower import Follower
 from router.index import BlockIndex
@@ -96,7 +93,7 @@ class Directory:
         """Follows Redis until it is cancelled, through every outage."""
         retry_s = 0.0
         try:
-            while True:
+            while not cancelled():
                 try:
                     await self._follow()
                     if retry_s:
@@ -105,7 +102,7 @@ class Directory:
                 except (RedisError, OSError) as error:
                     if not retry_s:
                         log.warning("redis is unreachable, serving from memory: %s", error)
-                    retry_s = min(max(2 * retry_s, FIRST_RETRY_S), LAST_RETRY_S)
+                    retry_s = next_retry_s(retry_s)
                     for follower in self._followers.values():
                         follower.absent_since = None
                     self._refresh_at = 0.0

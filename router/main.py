@@ -19,7 +19,7 @@ from common.config import RouterConfig
 from common.errors import ConfigError
 from common.identity import text_id
 from common.link import RouterLink
-from common.registry import check_redis
+from common.redis_client import check_redis
 from router.app import Parts, create_app
 from router.directory import Directory
 from router.dispatch import Patience

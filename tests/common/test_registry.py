@@ -28,11 +28,11 @@ from common.records import (
     decode_info,
     decode_snapshot,
     encode_info,
-    open_redis,
     unpack_hashes,
     xor_hashes,
 )
-from common.registry import Pace, Registration, check_redis
+from common.redis_client import check_redis, open_redis
+from common.registry import Pace, Registration
 from tests.redis_server import RedisServer
 from tests.worker_info import worker_info
 
