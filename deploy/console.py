@@ -29,7 +29,7 @@ class Console:
     def state(self, name: str, state: str, detail: str = "") -> None:
         """One line per change of a process: loading, ready, exited and so on."""
         if self._json:
-            log.info(state, extra={"process": name, "detail": detail})
+            log.info(state, extra={"child": name, "detail": detail})
         else:
             _write(f"{name:<{self._width}} {state:<8} {detail}".rstrip())
 
@@ -47,7 +47,7 @@ class Console:
         if self._json and text.startswith("{"):
             _write(text)
         elif self._json:
-            log.info(text, extra={"process": name})
+            log.info(text, extra={"child": name})
         else:
             _write(f"{name:<{self._width}} | {text}")
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 
 from deploy.console import Console
 
-TAIL_LINES = 30
+TAIL_LINES = 12
 LINE_LIMIT = 1 << 20
 LAST_LINES_S = 1.0
 """How long the pipe of a dead program is read on, should something still hold it open."""
@@ -36,9 +36,17 @@ class Process:
     """
 
     def __init__(
-        self, name: str, argv: Sequence[str], env: Mapping[str, str], console: Console
+        self,
+        name: str,
+        argv: Sequence[str],
+        env: Mapping[str, str],
+        console: Console,
+        *,
+        chatty: bool = False,
     ) -> None:
+        """chatty: what it writes is kept for the case that it fails, and not shown."""
         self.name = name
+        self.chatty = chatty
         self.state = State.STOPPED
         self.started_at = 0.0
         """Monotonic time of the last start."""
@@ -133,6 +141,7 @@ class Process:
                 text = line.decode(errors="replace").rstrip()
                 if text:
                     self.tail.append(text)
-                    self._console.line(self.name, text)
+                    if not self.chatty:
+                        self._console.line(self.name, text)
         finally:
             transport.close()

@@ -78,8 +78,12 @@ def _torch_has_cuda() -> bool:
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
         return False
-    text = Path(spec.submodule_search_locations[0], "version.py").read_text()
-    return re.search(r"^cuda(?:: [^=]*)? = ['\"]", text, re.MULTILINE) is not None
+    return names_cuda(Path(spec.submodule_search_locations[0], "version.py").read_text())
+
+
+def names_cuda(version: str) -> bool:
+    """Whether the text of torch's version file names a CUDA version."""
+    return re.search(r"^cuda(?:: [^=]*)? = ['\"]", version, re.MULTILINE) is not None
 
 
 def gpus() -> list[Gpu]:

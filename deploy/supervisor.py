@@ -132,6 +132,8 @@ class Supervisor:
             )
             self._restarts[process.name] = _Restart(now + delay, delay)
             self._report_exit(process)
+            if process.chatty:
+                self._console.tail(process.name, process.tail)
             self._console.state(process.name, "waiting", f"starts again in {delay:g} s")
         elif restart.due <= now:
             await self.start(process, "starting")

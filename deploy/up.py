@@ -30,6 +30,7 @@ from deploy.supervisor import Readiness, Supervisor
 
 DEMO_MODEL = Path(__file__).parent / "demo" / "model"
 REDIS_START_S = 20.0
+CANCEL_AGAIN_S = 0.2
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 C = TypeVar("C", WorkerConfig, RouterConfig)
@@ -98,7 +99,7 @@ class Deployment:
         )  # fmt: skip
         self.redis: Process | None = None
         if redis is not None:
-            self.redis = Process("redis", redis.argv, to_env(router), console)
+            self.redis = Process("redis", redis.argv, to_env(router), console, chatty=True)
         self.router = Process("router", self._argv("router", router), to_env(router), console)
 
         names = [f"prefill-{i}" for i in range(config.prefill)]
@@ -192,8 +193,10 @@ async def _first_of(work: asyncio.Task[None], event: asyncio.Event) -> None:
         await asyncio.wait({work, waiter}, return_when=asyncio.FIRST_COMPLETED)
     finally:
         waiter.cancel()
-        work.cancel()
-        await asyncio.wait({work})
+        while not work.done():
+            # Again and again: `asyncio.wait_for`, which the Redis client uses, may lose one.
+            work.cancel()
+            await asyncio.wait({work}, timeout=CANCEL_AGAIN_S)
     if not work.cancelled() and (error := work.exception()) is not None:
         raise error
 

@@ -5,6 +5,7 @@ with Deployment("--model", path, "--prefill", "2") as deployment:
     os.kill(deployment.pid("decode-0"), signal.SIGKILL)
 """
 
+import json
 import os
 import re
 import shutil
@@ -99,13 +100,13 @@ class Deployment:
 
     def pid(self, name: str) -> int:
         """Process id of the present life of `redis`, `router`, `prefill-0`, `decode-1`..."""
-        found = [m for line in self.lines if (m := STARTED.match(line)) and m[1] == name]
+        found = [pid for started, pid in self._started() if started == name]
         assert found, self._story(f"has no {name}")
-        return int(found[-1][2])
+        return found[-1]
 
     def pids(self, role: str) -> list[int]:
         """Process ids of all workers of a role."""
-        names = {m[1] for line in self.lines if (m := STARTED.match(line))}
+        names = {name for name, _ in self._started()}
         return [self.pid(name) for name in sorted(names) if name.rpartition("-")[0] == role]
 
     # ---------------------------------------------------------------- end
@@ -153,12 +154,10 @@ class Deployment:
             time.sleep(0.02)
         left = {name for name in _shared_memory() - self._shm_before if not _in_use(name)}
         assert not left, self._story(f"left shared memory {left}")
-        if self.url:
-            parts = urlsplit(self.url)
-            with socket.socket() as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind((parts.hostname, parts.port))
-                probe.listen()
+        # A leader is a zombie before its last thread has closed the sockets.
+        while self.url and not _is_free(self.url):
+            assert time.monotonic() < deadline, self._story("left its port open")
+            time.sleep(0.02)
         if not crashed:
             files = [path.name for path in self.temporary.glob("tandem-*")]
             assert not files, self._story(f"left {files}")
@@ -189,6 +188,18 @@ class Deployment:
         self._seen.update({process.pid: process for process in found})
         return found
 
+    def _started(self) -> list[tuple[str, int]]:
+        """(name, pid) of every life of a process, as the log told, text or JSON."""
+        found = []
+        for line in self.lines:
+            if line.startswith("{"):
+                record = json.loads(line)
+                name, text = record.get("child"), record.get("detail", "")
+                line = f"{name} {record['event']} {text}"
+            if match := STARTED.match(line):
+                found.append((match[1], int(match[2])))
+        return found
+
     def _read(self, stream: object) -> None:
         assert hasattr(stream, "__iter__")
         for line in stream:
@@ -207,6 +218,19 @@ class Deployment:
 
     def _story(self, what: str) -> str:
         return f"the deployment {what}\n" + "\n".join(self.lines[-100:])
+
+
+def _is_free(url: str) -> bool:
+    """Whether a server could listen at this address now."""
+    parts = urlsplit(url)
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((parts.hostname, parts.port))
+            probe.listen()
+        except OSError:
+            return False
+    return True
 
 
 def _shared_memory() -> set[str]:

@@ -56,6 +56,15 @@ async def test_life(capfd: pytest.CaptureFixture[str]) -> None:
     assert "child      | low" in capfd.readouterr().err
 
 
+async def test_what_a_chatty_one_writes_is_kept(capfd: pytest.CaptureFixture[str]) -> None:
+    argv = program("print('once upon a time')")
+    child = Process("child", argv, dict(os.environ), Console(json=False), chatty=True)
+    await child.start()
+    await child.exited()
+    assert list(child.tail) == ["once upon a time"]
+    assert capfd.readouterr().err == ""
+
+
 async def test_a_new_life_forgets_the_old_one() -> None:
     child = process("import os; print(os.getpid())")
     await child.start()

@@ -117,6 +117,29 @@ def test_workers_are_spread_over_gpus_and_share_their_memory(
     assert [s.kv_memory for s in shares] == [f"{two}M", f"{one}M", f"{two}M"]
 
 
+@pytest.mark.parametrize(
+    ("line", "cuda"),
+    [
+        ("cuda: Optional[str] = '12.8'", True),
+        ("cuda = '12.1'", True),
+        ("cuda: Optional[str] = None", False),
+        ("hip = '6.0'", False),
+    ],
+)
+def test_cuda_build_of_torch(line: str, cuda: bool) -> None:
+    assert resources.names_cuda(f"debug = False\n{line}\nxpu = None\n") is cuda
+
+
+def test_what_the_driver_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(resources, "_torch_has_cuda", lambda: True)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert resources.gpus() == []
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 0, 81920\necho 1, 40960\n")
+    program.chmod(0o755)
+    assert resources.gpus() == GPUS
+
+
 def test_this_machine() -> None:
     assert resources.available_memory() > 64 * MIB
     assert set(resources.available_cores()) == os.sched_getaffinity(0)
