@@ -114,6 +114,13 @@ class SimulatedWorker:
     def peer(self) -> Peer:
         return Peer(self.id, self.epoch, self.id)
 
+    def begin_life(self, epoch: int, now: float) -> None:
+        """What a worker does that was paused for longer than the lease."""
+        self.epoch = epoch
+        me = identity(self.id, epoch)
+        self.sender.reset(me, now)
+        self.receiver.reset(me, now)
+
     # ------------------------------------------------------------ blocks
 
     def take(self, count: int) -> list[int] | None:

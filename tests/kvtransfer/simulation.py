@@ -182,10 +182,17 @@ class Simulation:
     def pause(self, worker: SimulatedWorker) -> None:
         worker.paused = True
         self._backlog[worker] = []
-        self.after(self.random.uniform(0.1, 2 * TIMERS.lease_s), lambda: self.resume(worker))
+        pause_s = self.random.uniform(0.1, 2 * TIMERS.lease_s)
+        self.after(pause_s, lambda: self.resume(worker, pause_s))
 
-    def resume(self, worker: SimulatedWorker) -> None:
+    def resume(self, worker: SimulatedWorker, pause_s: float) -> None:
+        if not worker.paused:
+            return
         worker.paused = False
+        if pause_s > TIMERS.lease_s and self.random.random() < 0.5:
+            # It noticed that it was away for too long before it read a message.
+            worker.begin_life(self.random.getrandbits(62), self.now)
+            self.flush(worker)
         backlog = self._backlog.pop(worker, [])
         if self.random.random() < 0.5:
             self.random.shuffle(backlog)  # its sockets and timers in any order
@@ -379,7 +386,7 @@ class Simulation:
         for worker in list(self.workers.values()):
             worker.calm = True
             if worker.paused:
-                self.resume(worker)
+                self.resume(worker, 0.0)
 
     def all_arrived(self) -> set[Key]:
         return {key for life in self.lives for key in life.arrived}
