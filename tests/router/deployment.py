@@ -57,6 +57,12 @@ class Deployment:
 
     async def add(self, role: str, id: str) -> StubWorker:
         """One more worker, connected."""
+        worker = await self.start(role, id)
+        await until(lambda: id in self.service.fleet)
+        return worker
+
+    async def start(self, role: str, id: str) -> StubWorker:
+        """One more worker."""
         worker = StubWorker(
             id,
             role,
@@ -68,7 +74,6 @@ class Deployment:
         )
         (self.prefills if role == "prefill" else self.decodes).append(worker)
         await worker.start()
-        await until(lambda: id in self.service.fleet)
         return worker
 
 

@@ -149,6 +149,8 @@ class StubWorker:
         self.cached_tokens = 0
         self.fail: str = ""
         """Reason with which every new attempt is answered."""
+        self.mute = False
+        """Inspect is not answered."""
         self.ends_at = 1 << 30
         """Steps after which the gate closes by itself."""
         self._handoffs = handoffs
@@ -188,9 +190,20 @@ class StubWorker:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._running.clear()
         if self._tasks:
             self._tasks.clear()
             await self._link.close()
+
+    def go_on(self) -> None:
+        """Open the gate for good."""
+        self.ends_at = 1 << 30
+        self.gate.set()
+
+    @property
+    def router(self) -> bytes:
+        """The router of the first sequence."""
+        return self._running[0].router
 
     def tell(self, router: bytes, message: ToRouter) -> None:
         self._link.send(router, message)
@@ -210,7 +223,7 @@ class StubWorker:
         while True:
             router, message = await self._link.receive()
             if isinstance(message, Ping):
-                pong = Pong(message.seq, self.info.epoch, self.steps, self._load())
+                pong = Pong(message.seq, self.info.epoch, self.steps, self.load())
                 self._link.send(router, pong)
                 continue
             self.seen.append(message)
@@ -227,6 +240,8 @@ class StubWorker:
                         if (sequence.request, sequence.attempt)
                         != (message.request, message.attempt)
                     ]
+                case Inspect() if self.mute:
+                    continue
                 case Inspect():
                     self._link.send(router, Inspected(message.seq, self._ledger()))
                 case _:
@@ -281,14 +296,14 @@ class StubWorker:
             if output.finish or self.info.role == "prefill":
                 self._running.remove(sequence)
         for router, some in outputs.items():
-            self._link.send(router, Step(tuple(some), self._load()))
+            self._link.send(router, Step(tuple(some), self.load()))
         if self.info.role == "prefill":
             for sequence in ready:
                 self._handoffs.add(sequence.request, sequence.attempt)
         if self.steps >= self.ends_at:
             self.gate.clear()
 
-    def _load(self) -> Load:
+    def load(self) -> Load:
         tokens = sum(len(sequence.tokens) for sequence in self._running)
         return Load(running=len(self._running), kv_tokens=tokens, free_blocks=self.info.num_blocks)
 
