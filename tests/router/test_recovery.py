@@ -270,8 +270,9 @@ async def test_hundred_clients_a_third_of_which_go_away(deploy: Deploy) -> None:
 
         async def one(i: int) -> Answer | None:
             stop_after = 1 + i % 7 if i % 3 == 0 else None
-            async with httpx.AsyncClient(base_url=served.url, timeout=60) as client:
-                answer = await stream(client, [5 + i], seed=i, max_tokens=30, stop_after=stop_after)
+            answer = await stream(
+                served.http, [5 + i], seed=i, max_tokens=30, stop_after=stop_after
+            )
             if stop_after is None:
                 assert answer.ids == expected([5 + i], 30, seed=i)
                 return answer
