@@ -66,6 +66,7 @@ class Fleet:
         self.workers: dict[str, WorkerInfo] = {}
         self.processes: dict[str, subprocess.Popen[str]] = {}
         self.changed = asyncio.Condition()
+        self.ups = 0
         self.down: list[str] = []
         self.leaving: list[tuple[str, bool]] = []
         self._ledgers: dict[str, Ledger] = {}
@@ -155,6 +156,7 @@ class Fleet:
                 match event:
                     case Up(info):
                         self.workers[info.role] = info
+                        self.ups += 1
                     case Down(worker_id):
                         self.down.append(worker_id)
                     case Message(worker_id, message):
