@@ -4,6 +4,7 @@ A field's metadata carries its help text; `common.flags` turns a dataclass into 
 and `TANDEM_*` variables (flag > variable > default). Times are in seconds.
 """
 
+import ipaddress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,14 @@ def flag(default: Any, help: str, **metadata: Any) -> Any:
     (one-letter flag), `hidden` (not in --help), `secret` (given to children as a variable).
     """
     return field(default=default, metadata={"help": help, **metadata})
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a socket that is bound to `host`."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +103,12 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorkerConfig(LogConfig, TimerConfig, RedisConfig, ModelConfig):
+class ExposureConfig:
+    insecure: bool = flag(False, "allow other machines to connect without any authentication")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerConfig(LogConfig, TimerConfig, RedisConfig, ModelConfig, ExposureConfig):
     """One prefill or decode worker."""
 
     worker_host: str = flag("127.0.0.1", "address that the worker binds and announces")
@@ -107,16 +121,28 @@ class WorkerConfig(LogConfig, TimerConfig, RedisConfig, ModelConfig):
         # One call each: the bases are siblings and do not call each other.
         TimerConfig.__post_init__(self)
         ModelConfig.__post_init__(self)
+        if not is_loopback(self.worker_host) and not self.insecure:
+            raise ConfigError(
+                f"--worker-host {self.worker_host} can be reached by other machines and the links "
+                "between workers are not authenticated: on a private network add --insecure"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
-class HttpConfig:
+class HttpConfig(ExposureConfig):
     host: str = flag("127.0.0.1", "address that the router's HTTP server binds")
     port: int = flag(8000, "port of the router's HTTP server; 0: any free one")
     served_model_name: str | None = flag(None, "name in the API; none: the --model value")
     api_key: str | None = flag(None, "key that clients must send as a Bearer token", secret=True)
     chat_template: str | None = flag(None, "file with a chat template in place of the model's own")
     max_resumes: int = flag(3, "failures of workers that one request survives")
+
+    def __post_init__(self) -> None:
+        if not is_loopback(self.host) and self.api_key is None and not self.insecure:
+            raise ConfigError(
+                f"--host {self.host} can be reached by other machines: set --api-key, or serve "
+                "everybody with --insecure"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +155,7 @@ class RouterConfig(LogConfig, TimerConfig, RedisConfig, HttpConfig):
 
     def __post_init__(self) -> None:
         TimerConfig.__post_init__(self)
+        HttpConfig.__post_init__(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,5 +171,6 @@ class UpConfig(LogConfig, TimerConfig, RedisConfig, ModelConfig, HttpConfig):
     def __post_init__(self) -> None:
         TimerConfig.__post_init__(self)
         ModelConfig.__post_init__(self)
+        HttpConfig.__post_init__(self)
         if self.prefill < 0 or self.decode < 1:
             raise ConfigError("--prefill must be at least 0 and --decode at least 1")
