@@ -107,7 +107,7 @@ def test_help_names_flag_text_variable_and_default(capsys: pytest.CaptureFixture
         Small(),
         Small(name="-dash and space", size=-4, rate=1e-9, warm=False, colour="blue", pin="0,1"),
         WorkerConfig(model="a b", kv_memory="1G", max_model_len=4096, pin_cores="auto"),
-        RouterConfig(host="0.0.0.0", port=0, max_resumes=0, log_format="json"),
+        RouterConfig(host="127.0.0.2", port=0, max_resumes=0, log_format="json"),
         UpConfig(prefill=0, decode=3, lease_s=2.5, namespace="x"),
     ],
 )
