@@ -130,7 +130,7 @@ def test_up_has_every_promised_flag() -> None:
         "chat_template revision log_level log_format"
     )
     values = {"dtype": DTYPES[1], "transport": "zmq", "log_level": "debug", "log_format": "json"}
-    values |= {"device": "cuda:0,1", "redis": "redis://host:1/0"}
+    values |= {"device": "cuda:0,1", "redis": "redis://host:1/0", "host": "::1"}
     for name in promised.split():
         text = values.get(name, "16")
         option = "--" + name.replace("_", "-")
