@@ -99,7 +99,7 @@ class Service:
         self._dispatcher.fail_all(unavailable("The router is shutting down."))
 
     async def ledgers(self, timeout_s: float) -> dict[str, Ledger | None]:
-        """The ledger of each live worker; None for one that did not answer in time."""
+        """The ledger of each worker that is live; None for one that did not answer in time."""
         return await self._inspector.ask([m.info.id for m in self.fleet], self._link, timeout_s)
 
     async def _follow(self) -> None:
@@ -149,10 +149,12 @@ class Service:
         if worker not in self.fleet:
             return
         drained = self.fleet[worker].draining
-        log.warning("worker %s is down: %s", worker, reason)
+        level = logging.INFO if drained else logging.WARNING
+        log.log(level, "worker %s is down: %s", worker, reason)
         self.fleet.down(worker)
         self._directory.forget(worker)
         self._count_workers()
+        self._inspector.lost(worker)
         self._dispatcher.lost(worker, "draining" if drained else "lost")
         if worker not in self._directory.workers:
             self._link.disconnect(worker)

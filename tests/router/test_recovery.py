@@ -7,7 +7,7 @@ import httpx
 import msgspec
 import pytest
 
-from common.messages import Admit, Cancel, Output, Prefill, Step
+from common.messages import Admit, Cancel, Inspect, Output, Prefill, Step
 from router.dispatch import Patience
 from tests.client import Answer, complete, stream
 from tests.router.conftest import Deploy
@@ -302,3 +302,15 @@ async def test_ledger_of_a_worker_that_does_not_answer(
         }
         assert report["workers"]["prefill-0"]["balanced"]
         assert report["total"]["num_blocks"] == 4096 and not report["total"]["balanced"]
+
+
+async def test_ledger_is_not_held_up_by_a_worker_that_goes_down(deploy: Deploy) -> None:
+    async with deploy() as served:
+        worker = served.decodes[0]
+        worker.mute = True
+        asked = asyncio.create_task(served.http.get("/debug/ledger"))
+        await until(lambda: len(worker.received(Inspect)) == 1)
+        await worker.kill()
+        report = (await asked).json()
+        assert report["workers"].keys() == {"prefill-0"}
+        assert report["total"]["balanced"]
