@@ -15,7 +15,6 @@ import msgspec
 from common.messages import TokenLogprob
 from router.request import Delta, Request
 from router.token_text import TokenText
-from router.tokenizer import TextModel
 
 DONE = b"data: [DONE]\n\n"
 _encode = msgspec.json.Encoder().encode
@@ -60,11 +59,11 @@ class Answer:
     object_chunk: ClassVar[str]
 
     def __init__(
-        self, model: str, text_model: TextModel, requests: Sequence[Request], options: Options
+        self, model: str, token_text: TokenText, requests: Sequence[Request], options: Options
     ) -> None:
         self._requests = requests
         self._options = options
-        self._token_text = TokenText(text_model)
+        self._token_text = token_text
         self._tallies = [Tally(request) for request in requests for _ in request.choices]
         self._id = f"{self.prefix}-{uuid4().hex}"
         self._created = int(time.time())

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from common.messages import TokenLogprob
 from router.answer import Answer, Options, Tally, event
 from router.request import Delta, Request
-from router.tokenizer import TextModel
+from router.token_text import TokenText
 
 
 class CompletionAnswer(Answer):
@@ -17,13 +17,13 @@ class CompletionAnswer(Answer):
     def __init__(
         self,
         model: str,
-        text_model: TextModel,
+        token_text: TokenText,
         requests: Sequence[Request],
         options: Options,
         echo: Sequence[str] = (),
     ) -> None:
         """`echo`: text of each prompt, put before each of its choices."""
-        super().__init__(model, text_model, requests, options)
+        super().__init__(model, token_text, requests, options)
         self._echo = [text for text in echo for _ in requests[0].choices]
 
     def opening(self) -> bytes:

@@ -20,6 +20,7 @@ from router.prompts import Prompt, chat_prompt, completion_prompts, too_long
 from router.request import Choice, Event, Request, TextRule
 from router.schemas import ChatBody, CompletionBody, SamplingBody
 from router.service import Service
+from router.token_text import TokenText
 from router.tokenizer import TextModel
 
 DEFAULT_MAX_TOKENS: Final = 16
@@ -42,6 +43,7 @@ class Call:
 class Intake:
     def __init__(self, text_model: TextModel, model: str, service: Service) -> None:
         self._text_model = text_model
+        self._token_text = TokenText(text_model)
         self._model = model
         self._service = service
 
@@ -59,7 +61,7 @@ class Intake:
         requests, events = self._requests(body, prompts, params, label)
         echo = [self._text(prompt) for prompt in prompts] if body.echo else []
         options = _options(body, params)
-        answer = CompletionAnswer(self._model, self._text_model, requests, options, echo)
+        answer = CompletionAnswer(self._model, self._token_text, requests, options, echo)
         return Call(requests, events, answer, bool(body.stream))
 
     async def chat(self, body: ChatBody, label: str) -> Call:
@@ -76,7 +78,7 @@ class Intake:
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         params = _sampling(body, limits, max_tokens, logprobs)
         requests, events = self._requests(body, [prompt], params, label)
-        answer = ChatAnswer(self._model, self._text_model, requests, _options(body, params))
+        answer = ChatAnswer(self._model, self._token_text, requests, _options(body, params))
         return Call(requests, events, answer, bool(body.stream))
 
     def _text(self, prompt: Prompt) -> str:

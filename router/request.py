@@ -143,9 +143,9 @@ class Request:
     first_token: float | None = None
     last_token: float | None = None
     over: bool = False
-    packed: bytes = b""
+    packed: bytes = field(init=False)
     """`prompt` as messages carry it."""
-    _chains: dict[tuple[str, int], list[BlockHash]] = field(default_factory=dict)
+    _chains: dict[tuple[str, int], list[BlockHash]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.packed = pack_tokens(self.prompt)
