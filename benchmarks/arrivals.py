@@ -35,16 +35,18 @@ def burst_arrivals(count: int, rate: float, size: int) -> Iterator[float]:
 def trace_arrivals(
     timestamps_ms: Sequence[float], scale: float, rng: np.random.Generator
 ) -> list[float]:
-    """Recorded arrival times as offsets, `scale` times as fast.
+    """Recorded arrival times, ascending, as offsets, `scale` times as fast.
 
     Requests that share a timestamp were quantised by whoever recorded them: they are spread
-    uniformly up to the next distinct timestamp. The order of the trace is kept.
+    uniformly up to the next distinct timestamp, those of the last one over the interval before it.
+    The order of the trace is kept.
     """
     times = np.asarray(timestamps_ms, dtype=np.float64)
     if times.size == 0:
         return []
     ticks, counts = np.unique(times, return_counts=True)
-    widths = np.diff(ticks, append=ticks[-1])
+    gaps = np.diff(ticks)
+    widths = np.append(gaps, gaps[-1] if gaps.size else 0.0)
     spread: list[float] = []
     for tick, width, count in zip(ticks, widths, counts, strict=True):
         offsets = np.sort(rng.uniform(0.0, width, count)) if count > 1 else np.zeros(1)

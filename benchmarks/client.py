@@ -12,14 +12,42 @@ from typing import Any
 import aiohttp
 import msgspec
 
-_decode = msgspec.json.Decoder().decode
+
+class _Choice(msgspec.Struct):
+    text: str | None = None
+    token_ids: list[int] | None = None
+    finish_reason: str | None = None
+
+
+class _PromptDetails(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class _Usage(msgspec.Struct):
+    completion_tokens: int | None = None
+    prompt_tokens_details: _PromptDetails | None = None
+
+
+class _Event(msgspec.Struct):
+    """What the client reads of an event of the stream; the rest is skipped."""
+
+    choices: list[_Choice] | None = None
+    usage: _Usage | None = None
+    error: msgspec.Raw | None = None
+
+
+_decode = msgspec.json.Decoder(_Event).decode
 
 
 @dataclass(slots=True)
 class Record:
     """What happened to one request. Times are seconds on the monotonic clock of this process."""
 
-    scheduled: float
+    due: float
+    """When the load says that it leaves; a conversation's turn never before the answer to the
+    one before it, a closed loop's request when its turn comes."""
+    released: float = 0.0
+    """When the client was free to send it: later than due if `max_concurrency` held it back."""
     sent: float = 0.0
     chunks: list[float] = field(default_factory=list)
     """Arrival of each chunk that carried tokens."""
@@ -40,6 +68,16 @@ class Record:
     @property
     def rejected(self) -> bool:
         return self.status in (429, 503)
+
+    @property
+    def held_s(self) -> float:
+        """How long the limit of concurrency held it back."""
+        return self.released - self.due
+
+    @property
+    def lag_s(self) -> float:
+        """How late this client was: its own fault."""
+        return self.sent - self.released
 
     @property
     def ttft_s(self) -> float:
@@ -74,70 +112,85 @@ class Target:
     """Fields added to every body."""
     timeout_s: float
 
+    def body(self, tokens: list[int], output_len: int) -> bytes:
+        """A greedy, streamed request of exact length."""
+        fields: dict[str, Any] = {
+            "prompt": tokens,
+            "max_tokens": output_len,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "temperature": 0,
+            "ignore_eos": True,
+            **self.extra,
+        }
+        if self.model is not None:
+            fields["model"] = self.model
+        return msgspec.json.encode(fields)
+
+
+def connect() -> aiohttp.ClientSession:
+    """Connections without limit, kept for less time than servers keep them (5 s is common), so
+    that none is closed in the moment in which it is used."""
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=4.0)
+    return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
+
 
 async def send(
-    session: aiohttp.ClientSession, target: Target, tokens: list[int], output_len: int, due: float
+    session: aiohttp.ClientSession, target: Target, body: bytes, record: Record
 ) -> Record:
-    """Send one request now and read its stream to the end. Never raises for a failed request."""
-    body: dict[str, Any] = {
-        "prompt": tokens,
-        "max_tokens": output_len,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-        "temperature": 0,
-        "ignore_eos": True,
-        **target.extra,
-    }
-    if target.model is not None:
-        body["model"] = target.model
-    payload = msgspec.json.encode(body)
-    record = Record(scheduled=due, input_len=len(tokens), sent=time.perf_counter())
+    """Send one request now and read its stream to the end, all noted in `record`, which is
+    returned. Never raises for a failed request."""
+    record.sent = time.perf_counter()
     try:
         async with asyncio.timeout(target.timeout_s):
-            async with session.post(target.url, data=payload, headers=target.headers) as response:
+            async with session.post(target.url, data=body, headers=target.headers) as response:
                 record.status = response.status
                 if response.status != 200:
-                    text = await response.text()
+                    text = (await response.read()).decode(errors="replace")
                     record.error = f"HTTP {response.status}: {text[:200]}"
                 else:
                     await _read_stream(response, record)
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
         record.error = f"{type(error).__name__}: {error}"
-    record.ended = record.chunks[-1] if record.ok and record.chunks else time.perf_counter()
+    except msgspec.MsgspecError as error:
+        record.error = f"malformed event: {error}"
+    record.ended = record.chunks[-1] if record.ok else time.perf_counter()
     return record
 
 
 async def _read_stream(response: aiohttp.ClientResponse, record: Record) -> None:
     buffer = b""
     finished = False
-    counted = False
+    counted: int | None = None
+    ended_empty = False
     async for data in response.content.iter_any():
         now = time.perf_counter()
-        buffer += data
-        *lines, buffer = buffer.split(b"\n")
+        *lines, buffer = (buffer + data).split(b"\n")
         for line in lines:
             if not line.startswith(b"data:"):
                 continue
-            event_data = line[5:].strip()
-            if event_data == b"[DONE]":
+            text = line[5:].strip()
+            if text == b"[DONE]":
                 finished = True
                 continue
-            event = _decode(event_data)
-            if "error" in event:
-                record.error = f"stream error: {event['error']}"
+            event = _decode(text)
+            if event.error is not None and event.error != b"null":
+                record.error = f"stream error: {bytes(event.error).decode(errors='replace')}"
                 continue
-            if event.get("choices"):
+            if event.choices:
                 record.chunks.append(now)
-                for choice in event["choices"]:
-                    record.token_ids.extend(choice.get("token_ids") or ())
-            usage = event.get("usage")
-            if usage:
-                record.output_len = usage.get("completion_tokens") or 0
-                counted = True
-                details = usage.get("prompt_tokens_details") or {}
-                record.cached_tokens = details.get("cached_tokens") or 0
-    if not counted:
-        record.output_len = len(record.chunks)
+                for choice in event.choices:
+                    record.token_ids.extend(choice.token_ids or ())
+                last = event.choices[0]
+                ended_empty = last.finish_reason is not None and not last.text
+            if event.usage is not None:
+                counted = event.usage.completion_tokens
+                details = event.usage.prompt_tokens_details
+                record.cached_tokens = (details and details.cached_tokens) or 0
+    # Some servers say why they end in a chunk of its own, which is no token.
+    if counted is not None and ended_empty and 0 < counted < len(record.chunks):
+        record.chunks.pop()
+    record.output_len = len(record.chunks) if counted is None else counted
     if not record.error and not finished:
         record.error = "the stream ended without [DONE]"
     if not record.error and not record.chunks:

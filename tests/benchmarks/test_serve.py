@@ -1,15 +1,13 @@
 """The load client against a stub server whose times are known."""
 
 import argparse
-import math
-from itertools import pairwise
+import asyncio
+import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from benchmarks import arrivals, datasets, serve, stats
-from benchmarks.client import Record
+from benchmarks import serve, stats
 from benchmarks.run import run
 from tests.benchmarks.slow_server import slow_server
 
@@ -44,7 +42,7 @@ async def test_rejections_are_misses() -> None:
         server.reject = True
         args = arguments("--base-url", server.url, "--num-prompts", "5")
         result = await run(serve.build_target(args), serve.build_plan(args, 0), progress=False)
-    summary = stats.summarize(result.records, {"ttft": 1000.0}, result.cpu_share)
+    summary = stats.summarize(result, {"ttft": 1000.0})
     assert (summary["completed"], summary["errors"], summary["rejected"]) == (0, 0, 5)
     assert summary["request_goodput"] == 0.0
     assert summary["slo_attainment"] == 0.0
@@ -63,8 +61,8 @@ async def test_conversation_turns_continue_the_answer() -> None:
         if query.follows is None:
             continue
         before = plan.queries[query.follows]
-        prompt = next(p for p in server.prompts if p[-4:] == list(query.tokens))
-        assert prompt[-10:-4] == [*before.tokens, 7, 8]
+        prompt = next(p for p in server.prompts if p[-4:] == query.tokens())
+        assert prompt[-10:-4] == [*before.tokens(), 7, 8]
         assert result.records[number].sent >= result.records[query.follows].ended
 
 
@@ -72,64 +70,104 @@ async def test_dead_server_is_an_error_not_a_crash() -> None:
     args = arguments("--base-url", "http://127.0.0.1:9", "--num-prompts", "3")
     result = await run(serve.build_target(args), serve.build_plan(args, 0), progress=False)
     assert all("ClientConnector" in r.error for r in result.records)
-    summary = stats.summarize(result.records, {}, result.cpu_share)
+    summary = stats.summarize(result, {})
     assert summary["errors"] == 3
-    assert math.isnan(summary["median_ttft_ms"])
+    assert summary["median_ttft_ms"] is None
+    assert "TTFT                   -" in stats.table(summary)
 
 
-def test_poisson_and_fixed_rate() -> None:
-    rng = np.random.default_rng(1)
-    poisson = list(arrivals.rate_arrivals(20_000, 50.0, 1.0, rng))
-    gaps = np.diff(poisson)
-    assert gaps.mean() == pytest.approx(1 / 50, rel=0.03)
-    assert gaps.std() == pytest.approx(1 / 50, rel=0.03)
-    fixed = list(arrivals.rate_arrivals(5, 50.0, math.inf, rng))
-    assert fixed == pytest.approx([0.0, 0.02, 0.04, 0.06, 0.08])
-    assert list(arrivals.burst_arrivals(5, 4.0, 2)) == [0.0, 0.0, 0.5, 0.5, 1.0]
-    assert list(arrivals.rate_arrivals(2, math.inf, 1.0, rng)) == [0.0, 0.0]
+async def test_warm_ups_do_not_warm_the_cache_for_the_run() -> None:
+    async with slow_server(ttft_s=0.0, itl_s=0.0) as server:
+        args = arguments(
+            "--base-url", server.url, "--num-prompts", "4", "--num-warmups", "3",
+            "--random-input-len", "6", "--random-output-len", "1", "--max-concurrency", "2",
+        )  # fmt: skip
+        result = await run(serve.build_target(args), serve.build_plan(args, 0), progress=False)
+    assert len(result.records) == 4
+    assert len({tuple(prompt) for prompt in server.prompts}) == 7
 
 
-def test_trace_ticks_are_spread_in_order() -> None:
-    rng = np.random.default_rng(0)
-    due = arrivals.trace_arrivals([1000, 1000, 1000, 4000, 7000], 2.0, rng)
-    assert due[0] == 0.0
-    assert all(a <= b for a, b in pairwise(due))
-    assert due[3] <= 1.5 < due[4] + 0.01
+async def test_a_closed_loop_is_due_when_its_turn_comes() -> None:
+    async with slow_server(ttft_s=0.05, itl_s=0.0) as server:
+        args = arguments(
+            "--base-url", server.url, "--num-prompts", "6", "--max-concurrency", "2",
+            "--random-output-len", "1",
+        )  # fmt: skip
+        result = await run(serve.build_target(args), serve.build_plan(args, 0), progress=False)
+    assert [r.held_s for r in result.records] == [0.0] * 6
+    assert max(r.lag_s for r in result.records) < 0.05
+    # Never more than two at once, and always two until the end.
+    starts = sorted(r.sent for r in result.records)
+    ends = sorted(r.ended for r in result.records)
+    for i in range(2, 6):
+        assert starts[i] >= ends[i - 2]
+        assert starts[i] - ends[i - 2] < 0.03
 
 
-def test_trace_keeps_its_prefix_structure(tmp_path: Path) -> None:
-    path = tmp_path / "trace.jsonl"
-    path.write_text(
-        '{"timestamp": 0, "input_length": 1200, "output_length": 64, "hash_ids": [1, 2, 3]}\n'
-        '{"timestamp": 5, "input_length": 1100, "output_length": 8, "hash_ids": [1, 2, 9]}\n'
-    )
-    first, second = datasets.trace_queries(path, 200, 0, length_scale=1 / 16)
-    assert (len(first.tokens), len(second.tokens)) == (75, 69)
-    assert first.tokens[:64] == second.tokens[:64]
-    assert first.tokens[64:69] != second.tokens[64:69]
-    assert (first.output_len, second.timestamp_ms) == (4, 5.0)
-    path.write_text('{"timestamp": 0}\n')
-    with pytest.raises(ValueError, match=r"trace.jsonl, line 1: KeyError"):
-        list(datasets.trace_queries(path, 200, 0))
+async def test_a_request_that_was_held_back_misses_its_goal() -> None:
+    async with slow_server(ttft_s=0.1, itl_s=0.0) as server:
+        args = arguments(
+            "--base-url", server.url, "--num-prompts", "4", "--max-concurrency", "1",
+            "--request-rate", "1000", "--burstiness", "inf", "--random-output-len", "1",
+        )  # fmt: skip
+        result = await run(serve.build_target(args), serve.build_plan(args, 0), progress=False)
+    # All due at once, served one after the other: the fourth waited for 0.3 s.
+    assert result.records[3].held_s == pytest.approx(0.3, abs=0.06)
+    assert max(r.ttft_s for r in result.records) < 0.17
+    summary = stats.summarize(result, {"ttft": 250.0})
+    assert summary["slo_attainment"] == 0.5
+    assert not summary["client_limited"]
+    assert "held requests back" in stats.table(summary)
 
 
-def test_slo_and_goodput() -> None:
-    assert stats.parse_slo("ttft:0.5s,tpot:50ms") == {"ttft": 500.0, "tpot": 50.0}
-    assert stats.parse_slo("ttft:500 e2el:2000") == {"ttft": 500.0, "e2el": 2000.0}
-    with pytest.raises(ValueError, match="bad SLO 'ttfb:1s'"):
-        stats.parse_slo("ttfb:1s")
-    fast = Record(scheduled=0, sent=0, chunks=[0.1, 0.12, 0.14], ended=0.14, output_len=3)
-    slow = Record(scheduled=0, sent=0, chunks=[0.1, 0.12, 0.30], ended=0.30, output_len=3)
-    failed = Record(scheduled=0, sent=0, ended=1.0, error="HTTP 500", status=500)
-    slo = {"ttft": 150.0, "tpot": 30.0}
-    assert [stats.meets(r, slo) for r in (fast, slow, failed)] == [True, False, False]
-    summary = stats.summarize([fast, slow, failed], slo, 0.1)
-    assert summary["request_goodput"] == pytest.approx(1.0)
-    assert summary["median_ttft_ms"] == pytest.approx(100.0)
-    assert summary["p99_itl_ms"] == pytest.approx(175.2)
+async def test_a_run_that_is_cut_tells_late_from_not_due() -> None:
+    async with slow_server(ttft_s=5.0, itl_s=0.0) as server:
+        args = arguments(
+            "--base-url", server.url, "--num-prompts", "10", "--request-rate", "10", "--burstiness",
+            "inf", "--max-seconds", "0.55",
+        )  # fmt: skip
+        result = await run(serve.build_target(args), serve.build_plan(args, 0), progress=False)
+    # The run starts 0.2 s before the first request: those of 0, 0.1, 0.2 and 0.3 s were sent.
+    assert [r.error for r in result.records] == ["cut at the time limit"] * 4
+    assert result.not_due == 6
 
 
-def test_intervals_over_repeats() -> None:
-    runs = [{"x": 1.0, "n": 3}, {"x": 3.0, "n": 3}]
-    low, high = stats.intervals(runs)["x"]
-    assert (low, high) == pytest.approx((2 - 12.71, 2 + 12.71), rel=1e-3)
+@pytest.mark.parametrize(
+    ("arguments_", "line"),
+    [
+        (["--burst-size", "2"], "--burst-size needs a finite --request-rate"),
+        (["--request-rate", "0"], "rates must be above 0"),
+        (["--dataset-name", "trace"], "--dataset-name trace needs --dataset-path"),
+        (["--slo", "ttfb:1s"], "bad SLO 'ttfb:1s': expected METRIC:TIME with METRIC one of "
+                               "ttft, tpot, itl, e2el"),
+        (["--header", "x"], "--header 'x' is not KEY=VALUE"),
+        (["--json", "/no/such/dir/x"], "--json: no directory for /no/such/dir/x"),
+    ],
+)  # fmt: skip
+def test_clashes_are_told_before_anything_is_sent(
+    arguments_: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert serve.main(["--base-url", "http://127.0.0.1:9", *arguments_]) == 2
+    assert capsys.readouterr().err == f"tandem bench serve: error: {line}\n"
+
+
+async def test_json_holds_summary_and_records(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "result.json"
+    async with slow_server(ttft_s=0.01, itl_s=0.001) as server:
+        argv = ["--base-url", server.url, "--num-prompts", "3", "--random-output-len", "4"]
+        argv += ["--repeats", "2", "--api-key", "secret", "--no-progress"]
+        argv += ["--json", str(path)]
+        assert await asyncio.to_thread(serve.main, argv) == 0
+    text = path.read_text()
+    assert "secret" not in text
+    result = json.loads(text)
+    assert (result["completed"], result["total_output_tokens"], result["repeats"]) == (6, 24, 2)
+    assert [len(records) for records in result["records"]] == [3, 3]
+    assert len(result["records"][0][0]["itl_ms"]) == 3
+    low, high = result["confidence_95"]["median_ttft_ms"]
+    assert low <= result["median_ttft_ms"] <= high
+    # Prompts of another repeat, or of another run without --seed, are other prompts.
+    assert len({tuple(prompt) for prompt in server.prompts}) == 6
+    assert "completed requests" in capsys.readouterr().out
