@@ -266,4 +266,4 @@ def test_what_keeps_a_worker_from_starting(redis: RedisServer) -> None:
     with pytest.raises(ConfigError, match="does not answer"):
         Worker("unix:///nonexistent/redis.sock").host.start()
     with pytest.raises(ConfigError, match="cannot bind"):
-        Worker(redis.url, worker_host="203.0.113.1").host.start()
+        Worker(redis.url, worker_host="203.0.113.1", insecure=True).host.start()
