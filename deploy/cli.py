@@ -24,9 +24,12 @@ commands:
   router    one router: the OpenAI-compatible HTTP server
   prefill   one prefill worker
   decode    one decode worker
+  bench     measure a server: `tandem bench serve`
   version   print the version
 
 `tandem COMMAND --help` lists the flags of a command."""
+
+BENCHMARKS = ("serve",)
 
 
 def version() -> str:
@@ -81,6 +84,14 @@ def _worker(role: str, argv: Sequence[str]) -> int:
     return run(config)
 
 
+def _bench(argv: Sequence[str]) -> int:
+    if not argv or argv[0] not in BENCHMARKS:
+        raise UsageError(f"expected `tandem bench {'|'.join(BENCHMARKS)}`")
+    from benchmarks.serve import main as run
+
+    return run(argv[1:])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 1 (cannot run as configured), 2 (usage)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -96,13 +107,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _router(rest)
             case "prefill" | "decode":
                 return _worker(command, rest)
+            case "bench":
+                return _bench(rest)
             case "version" | "--version":
                 print(f"tandem {version()}")
                 return 0
             case _:
                 raise UsageError(f"unknown command {command!r} (see tandem --help)")
     except ConfigError as error:
-        known = command in ("up", "router", "prefill", "decode")
+        known = command in ("up", "router", "prefill", "decode", "bench")
         print(f"tandem{f' {command}' if known else ''}: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
