@@ -21,7 +21,7 @@ def main(config: WorkerConfig) -> int:
     info = worker.info
     inbox: SimpleQueue[object] = SimpleQueue()
     identity = EndpointIdentity(info.id, info.epoch, info.content_id, info.layout)
-    endpoint = Endpoint(identity, worker.pool, inbox, config, config.worker_host)
+    endpoint = Endpoint(identity, worker.pool, inbox, config, config.worker_host, config.transport)
     blocks = BlockManager(worker.pool.num_blocks)
     engine = DecodeEngine(worker.runner, blocks, worker.limits, worker.metrics)
     return serve(config, info, engine, endpoint, inbox)

@@ -12,7 +12,9 @@ from kvtransfer.transport import Outlet
 
 
 class Channel:
-    """A control DEALER and, once the receiver has said where, an outlet for data."""
+    """A control DEALER and, once the receiver has said where, an outlet for data.
+
+    `outlet` is None while there is no data connection."""
 
     def __init__(
         self, context: zmq.asyncio.Context, address: str, options: Mapping[int, int]
@@ -23,6 +25,8 @@ class Channel:
             self.control.setsockopt(option, value)
         self.monitor = LinkMonitor(self.control)
         self.outlet: Outlet | None = None
+        self.has_carrier = False
+        """A loop of the endpoint keeps `outlet` connected."""
         self.tasks: list[asyncio.Task[None]] = []
         """Loops of the endpoint that read these sockets; they end with the channel."""
         try:

@@ -4,11 +4,13 @@ Lives in the asyncio loop of the I/O thread. The worker passes it the engine's c
 for the engine are put into `inbox`. Any endpoint may send and receive. The protocol itself is in
 `Sender` and `Receiver`; this file only moves their messages.
 
-One bound ROUTER takes the control messages of senders, one bound inlet their data. To each
-receiver that it sends to, an endpoint opens a `Channel`: a control DEALER and a data outlet.
+One bound ROUTER takes the control messages of senders; their data comes over a listener of each
+transport that is offered. To each receiver that it sends to, an endpoint opens a `Channel`: a
+control DEALER and a data outlet.
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Coroutine
 from dataclasses import replace
@@ -34,14 +36,19 @@ from kvtransfer.commands import (
     SenderEvent,
 )
 from kvtransfer.identity import EndpointIdentity
+from kvtransfer.intake import Intake
 from kvtransfer.memory import BlockMemory
 from kvtransfer.receiver import Receiver
 from kvtransfer.sender import Sender
 from kvtransfer.sockets import send_now
 from kvtransfer.stats import TransferStats
+from kvtransfer.tcp_transport import TcpListener
 from kvtransfer.timers import Timers
-from kvtransfer.transport import Outlet
-from kvtransfer.zmq_transport import ZmqInlet, ZmqOutlet
+from kvtransfer.transport import Listener, Stream
+from kvtransfer.transports import connect, offered
+from kvtransfer.zmq_transport import ZmqStream
+
+log = logging.getLogger("tandem.transfer")
 
 TransferEvent = SenderEvent | ReceiverEvent
 
@@ -64,9 +71,12 @@ class Endpoint:
         inbox: Inbox,
         timers: TimerConfig,
         host: str,
+        transport: str = "auto",
     ) -> None:
-        """`host` is bound and announced."""
+        """`host` is bound and announced. Raises ConfigError for a `transport` (one of
+        `common.config.TRANSPORTS`) that cannot be used here."""
         self.address = ""
+        self._transports = offered(transport)
         self._memory = memory
         self._inbox = inbox
         self._host = host
@@ -83,8 +93,12 @@ class Endpoint:
         random = SystemRandom()
         self._sender = Sender(identity, memory, self._timers, self._stats, random)
         self._receiver = Receiver(identity, memory.block_bytes, self._timers, self._stats, random)
+        self._sender.transports = self._transports
+        self._intake = Intake(self._receiver, memory, self._stats)
+        self._listeners: list[Listener] = []
         self._channels: dict[Peer, Channel] = {}
         self._tasks: list[asyncio.Task[None]] = []
+        self._readers: set[asyncio.Task[None]] = set()
         self._closing: set[asyncio.Task[None]] = set()
         self._pumping = False
 
@@ -100,15 +114,14 @@ class Endpoint:
         self._control.setsockopt(zmq.ROUTER_MANDATORY, 1)
         try:
             self._control.bind(f"tcp://{self._host}:*")
-            self._inlet = ZmqInlet(self._context, self._host, self._memory)
-        except zmq.ZMQError as error:
-            self._context.destroy(linger=0)
+            for name in self._transports:
+                self._receiver.data[name] = await self._listen(name)
+        except (OSError, zmq.ZMQError) as error:
+            await self.close()
             raise ConfigError(f"cannot bind a port of {self._host}: {error}") from error
         self.address = self._control.getsockopt_string(zmq.LAST_ENDPOINT)
         self._sender.address = self.address
-        self._receiver.data = {"zmq": self._inlet.address}
-        loops = (self._read_control(), self._read_data(), self._tick())
-        self._tasks = [self._start(loop) for loop in loops]
+        self._tasks += [self._start(loop) for loop in (self._read_control(), self._tick())]
 
     async def failed(self) -> None:
         """Waits for ever; raises what ended a loop of this endpoint, if that happens."""
@@ -116,12 +129,14 @@ class Endpoint:
 
     async def close(self) -> None:
         """Close all sockets. What is still live is not reported: drain or reset before."""
-        await cancel(self._tasks)
+        for listener in self._listeners:
+            listener.close()
+        await cancel([*self._tasks, *self._readers])
+        self._intake.close()
         for peer in list(self._channels):
             await self._channels.pop(peer).close()
         if self._closing:
             await asyncio.wait(self._closing)
-        self._inlet.close()
         self._control.close(linger=100)
         self._context.term()
 
@@ -154,6 +169,9 @@ class Endpoint:
             broken=self._stats.broken.copy(),
             returned=self._stats.returned.copy(),
             dropped=self._stats.dropped.copy(),
+            bytes_sent_over=self._stats.bytes_sent_over.copy(),
+            bytes_received_over=self._stats.bytes_received_over.copy(),
+            seconds_receiving_over=self._stats.seconds_receiving_over.copy(),
             sending=self._sender.num_live,
             receiving=self._receiver.num_live,
             links=len(self._channels),
@@ -182,21 +200,20 @@ class Endpoint:
             self._receiver.message(frames[0], message, time.monotonic())
             self._flush()
 
-    async def _read_data(self) -> None:
+    async def _accept(self, listener: Listener) -> None:
         while True:
-            try:
-                payload = await self._inlet.receive()
-            except ProtocolError:
-                self._stats.dropped["malformed"] += 1
-                continue
-            landing = self._receiver.accept(payload.header, payload.num_bytes, time.monotonic())
-            if landing is not None:
-                slabs = [None if s is None else self._memory.slab(s) for s in landing.slots]
-                digests = await payload.copy(slabs)
-                self._receiver.landed(landing, digests, time.monotonic())
+            self._read(await listener.accept())
+
+    def _read(self, stream: Stream) -> None:
+        if self._intake.add(stream):
+            reader = self._start(self._read_data(stream))
+            self._readers.add(reader)
+            reader.add_done_callback(self._readers.discard)
+
+    async def _read_data(self, stream: Stream) -> None:
+        async for _ in self._intake.read(stream):
             self._flush()
-            # A socket that is never empty must not keep the loop to itself.
-            await asyncio.sleep(0)
+        self._flush()
 
     async def _read_answers(self, peer: Peer, channel: Channel) -> None:
         while True:
@@ -219,16 +236,45 @@ class Endpoint:
                 self._sender.disconnected(peer, time.monotonic())
             self._flush()
 
-    async def _watch_data(self, peer: Peer, outlet: Outlet) -> None:
+    async def _carry(self, peer: Peer, channel: Channel, addresses: dict[str, str]) -> None:
+        """Keep a data connection to this receiver up as long as there is a link to it."""
+        down_since = time.monotonic()
         while True:
-            if not await outlet.changed():
-                self._sender.data_lost(peer, time.monotonic())
+            outlet, failures = await connect(
+                self._transports, addresses, self._context, self._memory, self._timers.connect_s
+            )
+            if outlet is not None:
+                log.info(
+                    "KV blocks to %s go over %s%s",
+                    peer.id,
+                    outlet.transport,
+                    f" ({failures})" if failures else "",
+                )
+                channel.outlet = outlet
+                self._flush()
+                while await outlet.changed():
+                    self._flush()
+                channel.outlet = None
+                outlet.close()
+                down_since = time.monotonic()
+                self._sender.data_lost(peer, down_since)
+                log.info("the data connection to %s was lost", peer.id)
+            elif time.monotonic() - down_since >= self._timers.connect_s:
+                self._sender.lost(peer, f"no data connection: {failures}", time.monotonic())
             self._flush()
+            await asyncio.sleep(self._timers.resend_s / 5)
 
     # ------------------------------------------------------------ moving messages
 
     def _flush(self) -> None:
-        """Send what the state machines have queued, hand their events to the engine."""
+        """Send what the state machines have queued, hand their events to the engine.
+
+        Before an event gives blocks back to the engine their bytes are let go of."""
+        self._intake.abandon_ended()
+        for outlet in [channel.outlet for channel in self._channels.values()]:
+            if outlet is not None and outlet.reading is not None:
+                if not self._sender.is_live(outlet.reading):
+                    outlet.abandon()
         for events in (self._sender.events, self._receiver.events):
             while events:
                 self._inbox.put(events.popleft())
@@ -267,6 +313,8 @@ class Endpoint:
                 shipment = self._sender.next_shipment(peer, now)
                 if shipment is not None:
                     channel.outlet.send(shipment)
+                    num_bytes = len(shipment.header.blocks) * self._memory.block_bytes
+                    self._stats.bytes_sent_over[channel.outlet.transport] += num_bytes
                     sent = True
         if sent:
             self._flush()
@@ -281,8 +329,9 @@ class Endpoint:
         for peer, link in list(links.items()):
             try:
                 channel = self._channels.get(peer) or self._open(peer)
-                if link.up and channel.outlet is None:
-                    self._open_outlet(peer, channel, link.data)
+                if link.up and not channel.has_carrier:
+                    channel.has_carrier = True
+                    channel.tasks.append(self._start(self._carry(peer, channel, link.data)))
             except zmq.ZMQError as error:
                 self._sender.lost(peer, f"{peer.address}: {error}", time.monotonic())
                 self._flush()
@@ -295,13 +344,16 @@ class Endpoint:
         ]
         return channel
 
-    def _open_outlet(self, peer: Peer, channel: Channel, data: dict[str, str]) -> None:
-        if "zmq" not in data:
-            self._sender.lost(peer, f"no common transport: {sorted(data)}", time.monotonic())
-            return
-        outlet = ZmqOutlet(self._context, data["zmq"], self._memory)
-        channel.outlet = outlet
-        channel.tasks.append(self._start(self._watch_data(peer, outlet)))
+    async def _listen(self, transport: str) -> str:
+        """Let data come in over this transport; returns the address. Raises OSError."""
+        if transport == "tcp":
+            tcp = await TcpListener.listen(self._host, self._memory.block_bytes)
+            self._listeners.append(tcp)
+            self._tasks.append(self._start(self._accept(tcp)))
+            return tcp.address
+        stream = ZmqStream(self._context, self._host, self._memory)
+        self._read(stream)
+        return stream.address
 
     def _start(self, loop: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         """Run a loop whose failure is the endpoint's failure."""
@@ -310,7 +362,6 @@ class Endpoint:
         return task
 
     def _ended(self, task: "asyncio.Task[None]") -> None:
-        if not task.cancelled() and not self._failure.done():
-            error = task.exception()
-            assert error is not None, "the loops of an endpoint do not return"
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not self._failure.done():
             self._failure.set_exception(error)

@@ -15,13 +15,14 @@ class EndpointIdentity:
     content_id: str
     layout: KvLayoutInfo
 
-    def hello(self, address: str) -> Hello:
+    def hello(self, address: str, transports: tuple[str, ...]) -> Hello:
         """The greeting of this endpoint, whose control socket is at `address`."""
         return Hello(
             version=VERSION,
             source=Peer(self.id, self.epoch, address),
             content_id=self.content_id,
             layout=self.layout,
+            transports=transports,
         )
 
     def refusal(self, hello: Hello) -> Refused | None:

@@ -99,3 +99,8 @@ class Landing:
     transfer: Incoming
     header: DataHeader
     slots: tuple[int | None, ...]
+
+    @property
+    def is_over(self) -> bool:
+        """The transfer has ended: its grant waits for this landing to be given back."""
+        return self.transfer.state is State.ENDING

@@ -27,24 +27,27 @@ def digest(slab: memoryview) -> int:
     return xxhash.xxh3_64_intdigest(slab)
 
 
+def copy_block(source: memoryview, slab: memoryview) -> int:
+    """Copy one block; returns the digest of the slab, read while it is still in the cache."""
+    # numpy releases the GIL for the copy; a memoryview assignment would not.
+    np.copyto(np.frombuffer(slab, dtype=np.uint8), np.frombuffer(source, dtype=np.uint8))
+    return digest(slab)
+
+
 def copy_blocks(
     frames: Sequence[memoryview], slabs: Sequence[memoryview | None], block_bytes: int
-) -> list[int]:
+) -> list[int | None]:
     """Copy the blocks in `frames` (one or more whole blocks each) to `slabs`, in order.
 
-    None skips a block. Returns the digest of each slab as it was written (0 where skipped);
-    each slab is read while it is still in the cache.
+    None skips a block. Returns the digest of each slab as it was written (None where skipped).
     """
-    digests = []
+    digests: list[int | None] = []
     target = iter(slabs)
     for frame in frames:
-        source = np.frombuffer(frame, dtype=np.uint8)
-        for start in range(0, len(source), block_bytes):
+        for start in range(0, len(frame), block_bytes):
             slab = next(target)
             if slab is None:
-                digests.append(0)
-                continue
-            # numpy releases the GIL for the copy; a memoryview assignment would not.
-            np.copyto(np.frombuffer(slab, dtype=np.uint8), source[start : start + block_bytes])
-            digests.append(digest(slab))
+                digests.append(None)
+            else:
+                digests.append(copy_block(frame[start : start + block_bytes], slab))
     return digests

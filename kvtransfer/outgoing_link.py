@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from common.messages import Peer
 from kvtransfer.memory import BlockMemory
 from kvtransfer.outgoing import Outgoing, Shipment
-from kvtransfer.protocol import RUN_BYTES, Welcome
+from kvtransfer.protocol import RUN_BLOCKS, RUN_BYTES, Welcome
 from kvtransfer.timers import Timers
 
 
@@ -97,4 +97,4 @@ class OutgoingLink:
         room = self.window // block_bytes - outstanding
         if not outstanding:
             room = max(1, room)
-        return min(room, max(1, RUN_BYTES // block_bytes))
+        return min(room, RUN_BLOCKS, max(1, RUN_BYTES // block_bytes))

@@ -20,6 +20,8 @@ VERSION: Final = 1
 SECRET_BYTES: Final = 16
 RUN_BYTES: Final = 4 << 20
 """Payload of one data message at most (one block, if a block is larger)."""
+RUN_BLOCKS: Final = 1024
+"""Blocks of one data message at most: it bounds the header."""
 WINDOW_BYTES: Final = 32 << 20
 """What one sender may have under way to one receiver."""
 
@@ -34,6 +36,8 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     source: Peer
     content_id: str
     layout: KvLayoutInfo
+    transports: tuple[str, ...]
+    """Names of the transports over which this sender can send data."""
 
 
 class Begin(msgspec.Struct, frozen=True, kw_only=True, tag="begin"):
@@ -78,12 +82,12 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag="welcome"):
     window: int
     """Bytes that may be under way to this receiver."""
     data: dict[str, str]
-    """Transport name to the address of its data connection."""
+    """Transport name to the address of its data connection, for those that both sides offer."""
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
-    """No transfers on this connection: `version`, `content`, `layout`; `unknown`: the receiver
-    missed the Hello, say it again."""
+    """No transfers on this connection: `version`, `content`, `layout`, `transport`; `unknown`: the
+    receiver missed the Hello, say it again."""
 
     reason: str
     detail: str

@@ -149,6 +149,11 @@ class Receiver:
 
     def _hello(self, route: bytes, hello: p.Hello, now: float) -> None:
         refused = self.identity.refusal(hello)
+        data = {name: self.data[name] for name in hello.transports if name in self.data}
+        if refused is None and not data:
+            here = ", ".join(self.data)
+            there = ", ".join(hello.transports)
+            refused = p.Refused("transport", f"{there} of the sender, {here} here")
         if refused is not None:
             self._stats.dropped[f"hello_{refused.reason}"] += 1
             self.outbox.append((route, refused))
@@ -161,7 +166,7 @@ class Receiver:
             id=self.identity.id,
             epoch=self.identity.epoch,
             window=p.WINDOW_BYTES,
-            data=self.data,
+            data=data,
         )
         self.outbox.append((route, welcome))
 
@@ -257,14 +262,18 @@ class Receiver:
             return None
         return Landing(transfer, header, tuple(slots))
 
-    def landed(self, landing: Landing, digests: Sequence[int], now: float) -> None:
-        """The copy of an accepted message is over. `digests` are of the slabs as written."""
+    def landed(self, landing: Landing, digests: Sequence[int | None], now: float) -> None:
+        """The copy of an accepted message is over. `digests` are of the slabs as written, None
+        for one that was not written as a whole. Nothing may be written after this call."""
         transfer = landing.transfer
         fresh = False
         for block, slot, digest in zip(landing.header.blocks, landing.slots, digests, strict=True):
             if slot is None:
                 continue
             transfer.writing.remove(block.position)
+            if digest is None:
+                self._stats.dropped["incomplete"] += 1
+                continue
             if digest != block.digest:
                 self._stats.digest_errors += 1
                 continue

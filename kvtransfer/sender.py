@@ -57,6 +57,8 @@ class Sender:
     ) -> None:
         self.identity = identity
         self.address = ""
+        self.transports: tuple[str, ...] = ()
+        """Over which data can be sent, for Hello."""
         self.links: dict[Peer, OutgoingLink] = {}
         self.outbox: deque[tuple[Peer, p.ToReceiver]] = deque()
         self.events: deque[SenderEvent] = deque()
@@ -72,6 +74,10 @@ class Sender:
     @property
     def num_live(self) -> int:
         return len(self._keys)
+
+    def is_live(self, transfer: int) -> bool:
+        """Whether the blocks of this transfer may be read."""
+        return any(transfer in link.transfers for link in self.links.values())
 
     # ------------------------------------------------------------ from the engine
 
@@ -312,7 +318,7 @@ class Sender:
 
     def _hello(self, link: OutgoingLink, now: float) -> None:
         link.hello_at = now
-        self.outbox.append((link.peer, self.identity.hello(self.address)))
+        self.outbox.append((link.peer, self.identity.hello(self.address, self.transports)))
 
     def _begin(self, link: OutgoingLink, transfer: Outgoing, now: float) -> None:
         transfer.begun_at = now

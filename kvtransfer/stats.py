@@ -1,6 +1,6 @@
 """Counters of one transfer endpoint; the worker exports them as metrics."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 
@@ -24,6 +24,14 @@ class TransferStats:
     """Grants and requests for one that ended unfinished at the receiver, by reason."""
     dropped: Counter[str] = field(default_factory=Counter)
     """Messages and blocks from outside that were ignored, by the check that they failed."""
+    bytes_sent_over: Counter[str] = field(default_factory=Counter)
+    """By transport."""
+    bytes_received_over: Counter[str] = field(default_factory=Counter)
+    """By transport; divided by the seconds it is the bandwidth of the data path."""
+    seconds_receiving_over: defaultdict[str, float] = field(
+        default_factory=lambda: defaultdict(float)
+    )
+    """By transport: time in which data messages were being copied or received."""
     sending: int = 0
     receiving: int = 0
     links: int = 0

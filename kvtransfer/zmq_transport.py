@@ -20,19 +20,34 @@ _MAX_QUEUED = 64
 
 
 class ZmqOutlet:
-    """`Outlet` over a DEALER socket that queues only while it is connected."""
+    """`Outlet` over a DEALER socket. Made by `connect`."""
 
-    def __init__(self, context: zmq.asyncio.Context, address: str, memory: BlockMemory) -> None:
-        """Raises zmq.ZMQError for an address that is none."""
+    transport = "zmq"
+    reading = None
+
+    def __init__(self, context: zmq.asyncio.Context, memory: BlockMemory) -> None:
         self._memory = memory
         self._socket = make_dealer(context)
         self._socket.setsockopt(zmq.SNDHWM, _MAX_QUEUED)
         self._monitor = LinkMonitor(self._socket)
+
+    @classmethod
+    async def connect(
+        cls, context: zmq.asyncio.Context, address: str, memory: BlockMemory
+    ) -> "ZmqOutlet":
+        """Raises OSError for an address that is none; waits for ever where nobody answers."""
+        self = cls(context, memory)
         try:
             self._socket.connect(address)
-        except zmq.ZMQError:
+            while not await self._monitor.changed():
+                pass
+        except zmq.ZMQError as error:
+            self.close()
+            raise OSError(f"{address!r}: {error}") from error
+        except BaseException:
             self.close()
             raise
+        return self
 
     def writable(self) -> bool:
         return is_writable(self._socket)
@@ -41,6 +56,9 @@ class ZmqOutlet:
         runs = [self._memory.run(block, count) for block, count in shipment.runs]
         # A connection that was lost after `writable` is reported by the monitor.
         send_now(self._socket, [encode(shipment.header), *runs])
+
+    def abandon(self) -> None:
+        """Nothing is read after `send`."""
 
     async def changed(self) -> bool:
         return await self._monitor.changed()
@@ -59,12 +77,18 @@ class ZmqPayload:
         self._frames = frames
         self._block_bytes = block_bytes
 
-    async def copy(self, slabs: Sequence[memoryview | None]) -> list[int]:
-        return copy_blocks(self._frames, slabs, self._block_bytes)
+    async def copy(self, slabs: Sequence[memoryview | None]) -> list[int | None]:
+        return copy_blocks(self._frames, slabs, self._block_bytes) if slabs else []
+
+    def abandon(self) -> None:
+        """The copy is never interrupted."""
 
 
-class ZmqInlet:
-    """`Inlet` over a ROUTER socket. Senders prove themselves by the ticket's secret."""
+class ZmqStream:
+    """`Stream` over a ROUTER socket that all senders share: there is no listener. Senders prove
+    themselves by the ticket's secret."""
+
+    transport = "zmq"
 
     def __init__(self, context: zmq.asyncio.Context, host: str, memory: BlockMemory) -> None:
         """Binds a free port of `host`. Raises zmq.ZMQError if that is not possible."""

@@ -13,6 +13,8 @@ from tests.kvtransfer.pool import BLOCK_SIZE, LAYOUT, BytePool, identity
 
 E = TypeVar("E")
 FIRST = (First(0, 17, None),)
+TRANSPORT = "auto"
+"""Of a node that is not given one; the fixture `transport` sets it."""
 TIMERS = TimerConfig(heartbeat_s=0.3, dead_after=4, lease_s=2.0, stall_s=1.0)
 
 
@@ -47,12 +49,18 @@ class Node:
         block_bytes: int = 64,
         timers: TimerConfig = TIMERS,
         layout: KvLayoutInfo = LAYOUT,
+        transport: str | None = None,
     ) -> None:
         self.id, self.epoch = id, epoch
         self.pool = BytePool(num_blocks, block_bytes)
         self.events = EventQueue()
         self.endpoint = Endpoint(
-            identity(id, epoch, layout), self.pool, self.events, timers, "127.0.0.1"
+            identity(id, epoch, layout),
+            self.pool,
+            self.events,
+            timers,
+            "127.0.0.1",
+            transport or TRANSPORT,
         )
 
     @property

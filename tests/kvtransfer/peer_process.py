@@ -1,8 +1,8 @@
 """A worker in a process of its own, to be stopped and killed by tests.
 
-    python -m tests.kvtransfer.peer_process receiver ID EPOCH
+    python -m tests.kvtransfer.peer_process TRANSPORT receiver ID EPOCH
         grants every prompt all its blocks; first line of output: its address
-    python -m tests.kvtransfer.peer_process sender ID EPOCH TARGET_ID TARGET_EPOCH ADDRESS
+    python -m tests.kvtransfer.peer_process TRANSPORT sender ID EPOCH TARGET_ID TARGET_EPOCH ADDRESS
         opens a transfer of two blocks and offers the first; a line of input: offer the second,
         close
 
@@ -27,8 +27,8 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-async def receive(id: str, epoch: int) -> None:
-    node = Node(id, epoch, timers=TIMERS)
+async def receive(transport: str, id: str, epoch: int) -> None:
+    node = Node(id, epoch, timers=TIMERS, transport=transport)
     await node.endpoint.start()
     say(node.endpoint.address)
     while True:
@@ -39,8 +39,8 @@ async def receive(id: str, epoch: int) -> None:
         say(describe(event))
 
 
-async def send(id: str, epoch: int, target: Peer) -> None:
-    node = Node(id, epoch, timers=TIMERS)
+async def send(transport: str, id: str, epoch: int, target: Peer) -> None:
+    node = Node(id, epoch, timers=TIMERS, transport=transport)
     for block in (0, 1):
         node.pool.fill(block, f"old {block}")
     await node.endpoint.start()
@@ -65,8 +65,8 @@ def describe(event: TransferEvent | object) -> str:
 
 
 if __name__ == "__main__":
-    role, id, epoch, *target = sys.argv[1:]
+    transport, role, id, epoch, *target = sys.argv[1:]
     if role == "receiver":
-        asyncio.run(receive(id, int(epoch)))
+        asyncio.run(receive(transport, id, int(epoch)))
     else:
-        asyncio.run(send(id, int(epoch), Peer(target[0], int(target[1]), target[2])))
+        asyncio.run(send(transport, id, int(epoch), Peer(target[0], int(target[1]), target[2])))

@@ -37,7 +37,7 @@ class RawSender:
                 return message
 
     async def greet(self) -> protocol.Welcome:
-        await self.send(self.me.hello("tcp://127.0.0.1:1"))
+        await self.send(self.me.hello("tcp://127.0.0.1:1", ("zmq",)))
         welcome = await self.receive(protocol.Welcome)
         self.data.connect(welcome.data["zmq"])
         return welcome

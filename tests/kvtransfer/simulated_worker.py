@@ -108,6 +108,7 @@ class SimulatedWorker:
         me = identity(self.id, self.epoch)
         self.sender = Sender(me, self.pool, self.timers, self.stats, self.random)
         self.sender.address = self.id
+        self.sender.transports = ("sim",)
         self.receiver = Receiver(me, BLOCK_BYTES, self.timers, self.stats, self.random)
 
     @property
@@ -226,12 +227,12 @@ class SimulatedWorker:
 
     # ------------------------------------------------------------ checks at the endpoint
 
-    def write(self, landing: Landing, payload: bytes) -> list[int]:
+    def write(self, landing: Landing, payload: bytes) -> list[int | None]:
         """The copy of an accepted message, as a transport does it."""
-        digests = []
+        digests: list[int | None] = []
         for i, (block, slot) in enumerate(zip(landing.header.blocks, landing.slots, strict=True)):
             if slot is None:
-                digests.append(0)
+                digests.append(None)
                 continue
             key = landing.transfer.key
             assert key not in self.over, f"{self.id}: {key} is written after its end"

@@ -27,6 +27,7 @@ from tests.kvtransfer.node import FIRST, TIMERS, Node, running
 from tests.kvtransfer.pool import BLOCK_SIZE, LAYOUT
 
 KEY = Key(7, 1)
+pytestmark = pytest.mark.usefixtures("transport")
 
 
 async def ticket(p: Node, d: Node, key: Key, num_tokens: int, slots: dict[int, int]) -> None:
@@ -275,7 +276,7 @@ async def test_a_block_that_never_lands_is_a_stall() -> None:
     p, d = Node("p", 1, timers=timers), Node("d", 2, timers=timers)
     async with running(p, d):
         await ticket(p, d, KEY, 16, {0: 0})
-        for task in d.endpoint._tasks:
+        for task in (*d.endpoint._tasks, *d.endpoint._readers):
             task.cancel()
         p.offer(KEY, [0])
         broken = await p.events.next(Broken, timeout_s=2)

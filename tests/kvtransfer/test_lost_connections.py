@@ -38,7 +38,7 @@ async def test_the_data_connection_is_cut_in_mid_transfer() -> None:
     block_bytes = 1 << 18
     p = Node("p", 1, block_bytes=block_bytes, timers=TIMERS)
     d = Node("d", 2, block_bytes=block_bytes, timers=TIMERS)
-    async with running(p, d), proxy(d.endpoint._inlet.address) as between:
+    async with running(p, d), proxy(d.endpoint._receiver.data["zmq"]) as between:
         d.endpoint._receiver.data = {"zmq": between.address}
         for block in range(64):
             p.pool.fill(block, f"block {block}")
@@ -60,7 +60,7 @@ async def test_the_data_connection_is_cut_in_mid_transfer() -> None:
 async def test_a_black_hole_in_the_data_path_is_a_stall() -> None:
     timers = TimerConfig(heartbeat_s=5, lease_s=20, stall_s=0.6)
     p, d = Node("p", 1, timers=timers), Node("d", 2, timers=timers)
-    async with running(p, d), proxy(d.endpoint._inlet.address) as between:
+    async with running(p, d), proxy(d.endpoint._receiver.data["zmq"]) as between:
         d.endpoint._receiver.data = {"zmq": between.address}
         p.open(KEY, d.peer, 2 * BLOCK_SIZE)
         await d.events.next(Wanted)

@@ -8,20 +8,30 @@ from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import pytest
 import zmq
 import zmq.asyncio
 
 from common.messages import Peer
 from kvtransfer import protocol
 from kvtransfer.commands import Broken, Returned, Ticketed, Wanted
+from tests.kvtransfer import node
 from tests.kvtransfer.node import Node, running
 from tests.kvtransfer.peer_process import KEY, TIMERS
+
+pytestmark = pytest.mark.usefixtures("transport")
 
 
 @asynccontextmanager
 async def peer_process(*arguments: str) -> AsyncIterator[Process]:
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "tests.kvtransfer.peer_process", *arguments, stdin=PIPE, stdout=PIPE
+        sys.executable,
+        "-m",
+        "tests.kvtransfer.peer_process",
+        node.TRANSPORT,
+        *arguments,
+        stdin=PIPE,
+        stdout=PIPE,
     )
     try:
         yield process

@@ -15,7 +15,7 @@ def test_copies_runs_to_slabs_and_skips() -> None:
     assert not any(target.run(2, 4))
     assert digests == [
         xxhash.xxh3_64_intdigest(contents[2]),
-        0,
+        None,
         xxhash.xxh3_64_intdigest(contents[4]),
         xxhash.xxh3_64_intdigest(contents[7]),
     ]

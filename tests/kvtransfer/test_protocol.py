@@ -12,7 +12,7 @@ from kvtransfer.commands import First, Key, Slot
 from tests.kvtransfer.pool import LAYOUT, identity
 
 TO_RECEIVER: list[p.ToReceiver] = [
-    identity("a", (1 << 63) - 1).hello("tcp://127.0.0.1:1"),
+    identity("a", (1 << 63) - 1).hello("tcp://127.0.0.1:1", ("tcp",)),
     p.Begin(key=Key(1, 2), transfer=3, source_epoch=4, destination_epoch=5, num_tokens=6, round=0),
     p.Progress(7, 0.5),
     p.Close(8, 1, 2, (First(0, 9, None), First(1, 10, TokenLogprob(10, -0.5, ((10, -0.5),))))),
@@ -65,7 +65,7 @@ def test_damaged_bytes_are_a_message_or_a_protocol_error() -> None:
 
 def test_who_may_exchange_blocks() -> None:
     me, you = identity("a", 1), identity("b", 2)
-    hello = you.hello("tcp://127.0.0.1:1")
+    hello = you.hello("tcp://127.0.0.1:1", ("tcp",))
     assert hello.source == Peer("b", 2, "tcp://127.0.0.1:1") and hello.layout == LAYOUT
     assert me.refusal(hello) is None
     for field, value, reason in (

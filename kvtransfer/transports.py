@@ -1,0 +1,62 @@
+"""Which transports an endpoint offers, and which one a pair uses. Used by `Endpoint`.
+
+The receiver says at Welcome where each transport can be reached; the sender takes the first of
+ORDER that both offer and that it can really connect to.
+"""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import zmq.asyncio
+
+from common.errors import ConfigError
+from kvtransfer.memory import BlockMemory
+from kvtransfer.tcp_transport import TcpOutlet
+from kvtransfer.transport import Outlet
+from kvtransfer.zmq_transport import ZmqOutlet
+
+ORDER: Final = ("tcp", "zmq")
+"""From the fastest to the one that works everywhere."""
+
+
+def offered(transport: str) -> tuple[str, ...]:
+    """The transports of an endpoint that is configured for `transport` (`auto`: all that it can
+    use). Raises ConfigError for one that cannot be used here."""
+    if transport == "auto":
+        return ORDER
+    if transport not in ORDER:
+        raise ConfigError(f"--transport {transport} is not available: use {', '.join(ORDER)}")
+    return (transport,)
+
+
+async def connect(
+    names: Sequence[str],
+    addresses: Mapping[str, str],
+    context: zmq.asyncio.Context,
+    memory: BlockMemory,
+    timeout_s: float,
+) -> tuple[Outlet | None, str]:
+    """A connection over the first of `names` that has an address and answers within `timeout_s`,
+    and why those before it were not taken."""
+    failures: list[str] = []
+    for name in names:
+        if name not in addresses:
+            continue
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await _connect(name, addresses[name], context, memory), "; ".join(failures)
+        except TimeoutError:
+            failures.append(f"{name}: no answer from {addresses[name]}")
+        except OSError as error:
+            failures.append(f"{name}: {error}")
+    return None, "; ".join(failures)
+
+
+async def _connect(
+    name: str, address: str, context: zmq.asyncio.Context, memory: BlockMemory
+) -> Outlet:
+    """Raises OSError."""
+    if name == "tcp":
+        return await TcpOutlet.connect(address, memory)
+    return await ZmqOutlet.connect(context, address, memory)
