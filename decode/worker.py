@@ -22,6 +22,6 @@ def main(config: WorkerConfig) -> int:
     inbox: SimpleQueue[object] = SimpleQueue()
     identity = EndpointIdentity(info.id, info.epoch, info.content_id, info.layout)
     endpoint = Endpoint(identity, worker.pool, inbox, config, config.worker_host, config.transport)
-    blocks = BlockManager(worker.pool.num_blocks)
+    blocks = BlockManager(worker.pool.num_blocks, worker.pool.generations)
     engine = DecodeEngine(worker.runner, blocks, worker.limits, worker.metrics)
     return serve(config, info, engine, endpoint, inbox)

@@ -40,6 +40,7 @@ from kvtransfer.intake import Intake
 from kvtransfer.memory import BlockMemory
 from kvtransfer.receiver import Receiver
 from kvtransfer.sender import Sender
+from kvtransfer.shm_transport import ShmListener
 from kvtransfer.sockets import send_now
 from kvtransfer.stats import TransferStats
 from kvtransfer.tcp_transport import TcpListener
@@ -76,7 +77,7 @@ class Endpoint:
         """`host` is bound and announced. Raises ConfigError for a `transport` (one of
         `common.config.TRANSPORTS`) that cannot be used here."""
         self.address = ""
-        self._transports = offered(transport)
+        self._transports = offered(transport, memory)
         self._memory = memory
         self._inbox = inbox
         self._host = host
@@ -346,14 +347,18 @@ class Endpoint:
 
     async def _listen(self, transport: str) -> str:
         """Let data come in over this transport; returns the address. Raises OSError."""
-        if transport == "tcp":
-            tcp = await TcpListener.listen(self._host, self._memory.block_bytes)
-            self._listeners.append(tcp)
-            self._tasks.append(self._start(self._accept(tcp)))
-            return tcp.address
-        stream = ZmqStream(self._context, self._host, self._memory)
-        self._read(stream)
-        return stream.address
+        listener: Listener
+        if transport == "shm":
+            listener = ShmListener(self._memory.block_bytes)
+        elif transport == "tcp":
+            listener = await TcpListener.listen(self._host, self._memory.block_bytes)
+        else:
+            stream = ZmqStream(self._context, self._host, self._memory)
+            self._read(stream)
+            return stream.address
+        self._listeners.append(listener)
+        self._tasks.append(self._start(self._accept(listener)))
+        return listener.address
 
     def _start(self, loop: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         """Run a loop whose failure is the endpoint's failure."""

@@ -6,12 +6,19 @@ from typing import Protocol
 import numpy as np
 import xxhash
 
+from common.kv.shared import SharedBlocks
+
 
 class BlockMemory(Protocol):
     """Blocks of equal size. `common.kv.pool.KvPool` is one; so is a bytearray in tests."""
 
     @property
     def block_bytes(self) -> int: ...
+
+    @property
+    def shared(self) -> SharedBlocks | None:
+        """The same blocks for peers on this machine, if they may be mapped."""
+        ...
 
     def slab(self, block: int) -> memoryview:
         """Writable bytes of one block."""

@@ -167,14 +167,38 @@ class DataHeader(msgspec.Struct, frozen=True, array_like=True):
     blocks: tuple[DataBlock, ...]
 
 
+class SharedPool(msgspec.Struct, frozen=True, array_like=True):
+    """First message of a sender that shares its pool; the descriptor of the memory comes with it
+    (`common.kv.shared`). The receiver answers with the nonce that it finds there."""
+
+    num_blocks: int
+    block_bytes: int
+
+
+class SharedBlock(NamedTuple):
+    """Where a block lies in the sender's pool, and its generation while it is offered."""
+
+    block: int
+    generation: int
+
+
+class SharedHeader(msgspec.Struct, frozen=True, array_like=True):
+    """A `DataHeader` whose bytes lie in the sender's pool: `sources[i]` is `header.blocks[i]`."""
+
+    header: DataHeader
+    sources: tuple[SharedBlock, ...]
+
+
 T = TypeVar("T")
 _encoder = msgspec.msgpack.Encoder()
 _to_receiver: msgspec.msgpack.Decoder[ToReceiver] = msgspec.msgpack.Decoder(ToReceiver)
 _to_sender: msgspec.msgpack.Decoder[ToSender] = msgspec.msgpack.Decoder(ToSender)
 _header: msgspec.msgpack.Decoder[DataHeader] = msgspec.msgpack.Decoder(DataHeader)
+_shared_pool: msgspec.msgpack.Decoder[SharedPool] = msgspec.msgpack.Decoder(SharedPool)
+_shared_header: msgspec.msgpack.Decoder[SharedHeader] = msgspec.msgpack.Decoder(SharedHeader)
 
 
-def encode(message: ToReceiver | ToSender | DataHeader) -> bytes:
+def encode(message: ToReceiver | ToSender | DataHeader | SharedPool | SharedHeader) -> bytes:
     return _encoder.encode(message)
 
 
@@ -198,3 +222,18 @@ def decode_for_sender(data: bytes | memoryview) -> ToSender:
 def decode_header(data: bytes | memoryview) -> DataHeader:
     """Raises ProtocolError if `data` is not a valid data header."""
     return _decode(_header, data)
+
+
+def decode_shared_pool(data: bytes | memoryview) -> SharedPool:
+    """Raises ProtocolError if `data` is no valid description of a pool."""
+    return _decode(_shared_pool, data)
+
+
+def decode_shared_header(data: bytes | memoryview) -> SharedHeader:
+    """Raises ProtocolError if `data` is not a valid header of shared blocks."""
+    message = _decode(_shared_header, data)
+    if len(message.sources) != len(message.header.blocks):
+        raise ProtocolError(
+            f"{len(message.sources)} sources of {len(message.header.blocks)} blocks"
+        )
+    return message

@@ -12,21 +12,23 @@ import zmq.asyncio
 
 from common.errors import ConfigError
 from kvtransfer.memory import BlockMemory
+from kvtransfer.shm_transport import ShmOutlet
 from kvtransfer.tcp_transport import TcpOutlet
 from kvtransfer.transport import Outlet
 from kvtransfer.zmq_transport import ZmqOutlet
 
-ORDER: Final = ("tcp", "zmq")
+ORDER: Final = ("shm", "tcp", "zmq")
 """From the fastest to the one that works everywhere."""
 
 
-def offered(transport: str) -> tuple[str, ...]:
+def offered(transport: str, memory: BlockMemory) -> tuple[str, ...]:
     """The transports of an endpoint that is configured for `transport` (`auto`: all that it can
     use). Raises ConfigError for one that cannot be used here."""
+    usable = ORDER if memory.shared is not None else ORDER[1:]
     if transport == "auto":
-        return ORDER
-    if transport not in ORDER:
-        raise ConfigError(f"--transport {transport} is not available: use {', '.join(ORDER)}")
+        return usable
+    if transport not in usable:
+        raise ConfigError(f"--transport {transport} cannot be used here, but {', '.join(usable)}")
     return (transport,)
 
 
@@ -57,6 +59,8 @@ async def _connect(
     name: str, address: str, context: zmq.asyncio.Context, memory: BlockMemory
 ) -> Outlet:
     """Raises OSError."""
+    if name == "shm":
+        return await ShmOutlet.connect(address, memory)
     if name == "tcp":
         return await TcpOutlet.connect(address, memory)
     return await ZmqOutlet.connect(context, address, memory)

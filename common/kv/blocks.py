@@ -19,7 +19,7 @@ of the pool, except `check` and `cached_hashes`.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, MutableSequence, Sequence
 from typing import Final
 
 from msgspec import structs
@@ -36,8 +36,14 @@ PLACES: Final = ("free", "cached", "in_use", "leased", "receiving", "draining")
 class BlockManager:
     """All blocks of one pool. A call that breaks the contract fails an assert."""
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(
+        self, num_blocks: int, generations: MutableSequence[int] | memoryview | None = None
+    ) -> None:
+        """`generations`: where the generation of every block is published before the block is
+        written anew, for peers that read the pool in place (`KvPool.generations`)."""
         assert num_blocks > 0, num_blocks
+        self._published = [0] * num_blocks if generations is None else generations
+        assert len(self._published) == num_blocks, (len(self._published), num_blocks)
         self._blocks = [Block() for _ in range(num_blocks)]
         # A stack: what was freed last is warm in the caches, what was never used needs no memory.
         self._free = list(range(num_blocks - 1, -1, -1))
@@ -232,6 +238,7 @@ class BlockManager:
             entry = self._expect(block, State.FREE)
             entry.state = state
             entry.generation += 1
+            self._published[block] = entry.generation
         return taken
 
     def _evict(self) -> None:

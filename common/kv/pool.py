@@ -2,7 +2,8 @@
 
 Made once at the start of a worker. The model writes and reads `tensor`; transfers read and write
 `slab` and `run`, only for blocks that they were handed. Who may do what to which block is decided
-by `common.kv.blocks`.
+by `common.kv.blocks`. On CPU the memory is shared, where the kernel can do that safely: peers on
+the same machine copy blocks out of it.
 """
 
 import mmap
@@ -12,6 +13,7 @@ import torch
 from common.errors import ConfigError
 from common.kv.layout import KvLayout
 from common.kv.memory import memory_for
+from common.kv.shared import SharedBlocks
 
 
 class KvPool:
@@ -21,6 +23,10 @@ class KvPool:
     num_blocks: int
     tensor: torch.Tensor
     """[num_blocks, layer, k|v, kv_head, slot, head_dim], contiguous."""
+    shared: SharedBlocks | None
+    """The same memory for peers on this machine; None on GPUs and where it cannot be shared."""
+    generations: memoryview | None
+    """Where the block manager says that a block is about to be used anew; see `shared`."""
 
     def __init__(
         self,
@@ -40,7 +46,12 @@ class KvPool:
         self.num_blocks = num_blocks
         self.block_bytes = layout.block_bytes
         num_bytes = memory_for(layout, num_blocks)
-        memory = _allocate(num_bytes, torch.device(device))
+        self.shared = _share(num_blocks, self.block_bytes) if str(device) == "cpu" else None
+        self.generations = self.shared.generations if self.shared is not None else None
+        if self.shared is not None:
+            memory = torch.frombuffer(self.shared.blocks, dtype=torch.uint8)
+        else:
+            memory = _allocate(num_bytes, torch.device(device))
         self.tensor = memory.view(getattr(torch, layout.dtype)).view(
             num_blocks, *layout.block_shape
         )
@@ -57,6 +68,14 @@ class KvPool:
         assert self._bytes is not None, self.tensor.device
         assert 0 <= block and 0 < count <= self.num_blocks - block, (block, count, self.num_blocks)
         return self._bytes[block * self.block_bytes : (block + count) * self.block_bytes]
+
+
+def _share(num_blocks: int, block_bytes: int) -> SharedBlocks | None:
+    """Memory for a pool on CPU that peers can map; None where there is no such memory."""
+    try:
+        return SharedBlocks(num_blocks, block_bytes)
+    except (AttributeError, OSError):  # AttributeError: not on Linux
+        return None
 
 
 def _allocate(num_bytes: int, device: torch.device) -> torch.Tensor:

@@ -1,5 +1,6 @@
-"""A pool of bytearrays and an endpoint's identity for tests of transfers."""
+"""A pool of bytes and an endpoint's identity for tests of transfers."""
 
+from common.kv.shared import SharedBlocks
 from common.messages import KvLayoutInfo
 from kvtransfer.identity import EndpointIdentity
 
@@ -14,21 +15,25 @@ def identity(id: str, epoch: int, layout: KvLayoutInfo = LAYOUT) -> EndpointIden
 
 
 class BytePool:
-    """`BlockMemory` over one bytearray; block contents are made from a seed."""
+    """`BlockMemory` over shared memory; block contents are made from a seed."""
 
     def __init__(self, num_blocks: int, block_bytes: int = 64) -> None:
         self.num_blocks = num_blocks
         self.block_bytes = block_bytes
-        self.memory = bytearray(num_blocks * block_bytes)
+        self.shared: SharedBlocks | None = SharedBlocks(num_blocks, block_bytes)
+        self.memory = self.shared.blocks
 
     def slab(self, block: int) -> memoryview:
         return self.run(block, 1)
 
     def run(self, block: int, count: int) -> memoryview:
         assert 0 <= block and 0 < count <= self.num_blocks - block, (block, count)
-        return memoryview(self.memory)[
-            block * self.block_bytes : (block + count) * self.block_bytes
-        ]
+        return self.memory[block * self.block_bytes : (block + count) * self.block_bytes]
+
+    def raise_generation(self, block: int) -> None:
+        """What a block manager does before a block is written anew."""
+        assert self.shared is not None
+        self.shared.generations[block] += 1
 
     def fill(self, block: int, seed: str) -> bytes:
         """Write the content that `seed` names; returns it."""
