@@ -1,0 +1,52 @@
+"""The table of a comparison: medians over repeats, and how much better each is than a baseline."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+from benchmarks.compare.loads import Column, Figures, Load
+
+Measurements = Mapping[tuple[str, str], Sequence[Figures]]
+"""(system, load) -> one entry per repeat."""
+
+
+def median(measurements: Measurements, system: str, load: str, key: str) -> float | None:
+    """The median over repeats, None if there is none."""
+    values = [figures[key] for figures in measurements.get((system, load), ())]
+    return statistics.median(values) if values else None
+
+
+def ratio(column: Column, value: float | None, baseline: float | None) -> float | None:
+    """How many times better than the baseline; below 1 is worse."""
+    if not value or not baseline:
+        return None
+    return value / baseline if column.higher_is_better else baseline / value
+
+
+def table(
+    measurements: Measurements, systems: Mapping[str, str], loads: Sequence[Load], baseline: str
+) -> str:
+    """Markdown. systems: title by name, in the order of the rows. Each cell is a median and, in
+    brackets, its ratio to `baseline`."""
+    columns = [(load, column) for load in loads for column in load.columns]
+    header = ["system", *(f"{load.name} {column.label}" for load, column in columns)]
+    rows = [header]
+    for name, title in systems.items():
+        row = [title]
+        for load, column in columns:
+            value = median(measurements, name, load.name, column.key)
+            better = ratio(column, value, median(measurements, baseline, load.name, column.key))
+            row.append(_cell(value, None if name == baseline else better))
+        rows.append(row)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    lines = [
+        "| " + " | ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) + " |" for r in rows
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def _cell(value: float | None, better: float | None) -> str:
+    if value is None:
+        return "-"
+    shown = f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+    return shown if better is None else f"{shown} (x{better:.2f})"
