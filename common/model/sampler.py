@@ -52,6 +52,10 @@ class Sampler:
         logprobs = _logprobs(logits, rows, tokens, [sample.params for _, sample in samples])
         return [Sampled(*pair) for pair in zip(tokens, logprobs, strict=True)]
 
+    def takes_best(self, sample: Sample) -> bool:
+        """Whether the token of the largest logit is all that this draw can answer."""
+        return self._is_plain(sample) and sample.params.logprobs is None
+
     def _is_plain(self, sample: Sample) -> bool:
         """Greedy, with nothing that changes the order of the logits."""
         params = sample.params

@@ -1,0 +1,94 @@
+"""The compiled kernels as Python sees them: `abi.h` in ctypes.
+
+Used by `common.model.native`, the tests of the kernels and their benchmark. Calls release the
+interpreter lock while they run.
+"""
+
+import ctypes
+from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from common.model.cpu.build import NATIVE, build
+
+DTYPE_CODES: Final = {torch.float32: 0, torch.bfloat16: 1}
+
+
+class LayerStruct(Structure):
+    """`struct tandem_layer`"""
+
+    _fields_ = (
+        ("input_norm", c_void_p),
+        ("qkv", c_void_p),
+        ("qkv_bias", c_void_p),
+        ("q_norm", c_void_p),
+        ("k_norm", c_void_p),
+        ("o", c_void_p),
+        ("o_bias", c_void_p),
+        ("mlp_norm", c_void_p),
+        ("gate_up", c_void_p),
+        ("gate_up_bias", c_void_p),
+        ("down", c_void_p),
+        ("down_bias", c_void_p),
+        ("window", c_int32),
+    )
+
+
+class ModelStruct(Structure):
+    """`struct tandem_model`"""
+
+    _fields_ = (
+        ("dtype", c_int32),
+        ("threads", c_int32),
+        ("vocab", c_int32),
+        ("hidden", c_int32),
+        ("inner", c_int32),
+        ("layers", c_int32),
+        ("heads", c_int32),
+        ("kv_heads", c_int32),
+        ("head_dim", c_int32),
+        ("block_size", c_int32),
+        ("eps", c_float),
+        ("embedding", c_void_p),
+        ("norm", c_void_p),
+        ("head", c_void_p),
+        ("layer", POINTER(LayerStruct)),
+        ("pool", c_void_p),
+    )
+
+
+class BatchStruct(Structure):
+    """`struct tandem_batch`"""
+
+    _fields_ = (
+        ("rows", c_int32),
+        ("tokens", c_int32),
+        ("samples", c_int32),
+        ("starts", c_void_p),
+        ("counts", c_void_p),
+        ("blocks", c_void_p),
+        ("block_offsets", c_void_p),
+        ("token_ids", c_void_p),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("sample_tokens", c_void_p),
+        ("sample_lines", c_void_p),
+        ("logits", c_void_p),
+        ("best", c_void_p),
+    )
+
+
+@cache
+def load(directory: Path | None = None, target: str = NATIVE) -> ctypes.CDLL:
+    """The kernels, compiled if need be, with their signatures. Raises BuildError."""
+    library = ctypes.CDLL(str(build(directory, target)))
+    library.tandem_create.argtypes = (POINTER(ModelStruct),)
+    library.tandem_create.restype = c_void_p
+    library.tandem_destroy.argtypes = (c_void_p,)
+    library.tandem_destroy.restype = None
+    library.tandem_step.argtypes = (c_void_p, POINTER(BatchStruct))
+    library.tandem_step.restype = c_int
+    return library

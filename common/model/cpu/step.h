@@ -1,0 +1,298 @@
+// One step of the whole model: a ragged batch of prefill chunks and decode rows in, the KV of its
+// tokens in the pool, logits or the best token of the sampled ones out.
+//
+// All threads run the same function and share the pieces of its phases: rows, weight tiles or
+// attention tasks. Residuals, norms and sums are float32,
+// operands of matrix products are of the model's type.
+#pragma once
+
+#include <numeric>
+
+#include "attention.h"
+
+namespace tandem {
+
+template <class T>
+class Model {
+ public:
+    Model(const Shape& shape, const tandem_model& from)
+        : s_(shape),
+          team_(from.threads),
+          pool_{static_cast<T*>(from.pool), shape.layers, shape.kv_heads, shape.block_size,
+                shape.head_dim},
+          embedding_(static_cast<const T*>(from.embedding)),
+          norm_(parameters<T>(from.norm, shape.hidden, shape.hidden_stride())) {
+        layers_.reserve(shape.layers);
+        for (int i = 0; i < shape.layers; ++i) layers_.emplace_back(shape, from.layer[i], team_);
+        Layer<T>::pack(head_, from.head, shape.vocab, shape.hidden, team_);
+        for (int i = 0; i < team_.size(); ++i) attention_.emplace_back(shape);
+    }
+
+    void step(const tandem_batch& batch) {
+        prepare(batch);
+        auto job = [&](int id) { compute(batch, id); };
+        team_.run(job);
+        if (batch.samples > 0) choose(batch);
+    }
+
+ private:
+    static constexpr int FEW = 8;           // rows
+    static constexpr int LAYER_PHASES = 8;  // at most
+
+    void prepare(const tandem_batch& batch) {
+        spans_.clear();
+        tasks_.clear();
+        span_of_.clear();
+        int token = 0;
+        only_decode_ = true;
+        for (int row = 0; row < batch.rows; ++row) {
+            const Span span{batch.starts[row], batch.counts[row], token,
+                            batch.blocks + batch.block_offsets[row]};
+            const int most = Attention<T>::task_tokens(s_);
+            for (int first = 0; first < span.count; first += most)
+                for (int head = 0; head < s_.kv_heads; ++head)
+                    tasks_.push_back({row, head, first, std::min(first + most, span.count)});
+            spans_.push_back(span);
+            span_of_.insert(span_of_.end(), span.count, row);
+            token += span.count;
+            only_decode_ &= span.count == 1;
+        }
+        // The longest first, so that threads end together.
+        const auto cost = [&](const Task& task) {
+            return int64_t(task.last - task.first) * (spans_[task.row].start + task.last);
+        };
+        std::stable_sort(tasks_.begin(), tasks_.end(),
+                         [&](const Task& a, const Task& b) { return cost(a) > cost(b); });
+        reserve(batch.tokens, batch.samples);
+        std::fill(best_.data(), best_.data() + team_.size() * size_t(sample_capacity_),
+                  Best{-std::numeric_limits<float>::infinity(), 0});
+        phases_.reset(s_.layers * LAYER_PHASES + 4);
+    }
+
+    void reserve(int tokens, int samples) {
+        if (tokens > capacity_) {
+            capacity_ = int(round_up(tokens, 64));
+            x_.resize(capacity_ * s_.hidden_stride());
+            normed_.resize((capacity_ + team_.size() * FEW) * s_.hidden_stride());
+            qkv_.resize(capacity_ * s_.qkv_stride());
+            queries_.resize(size_t(capacity_) * s_.heads * s_.head_dim);
+            attended_.resize(capacity_ * s_.attended_stride());
+            inner_.resize(capacity_ * s_.inner_stride());
+        }
+        if (samples > sample_capacity_) {
+            sample_capacity_ = int(round_up(samples, 16));
+            sampled_.resize(sample_capacity_ * s_.hidden_stride());
+            best_.resize(team_.size() * size_t(sample_capacity_));
+        }
+    }
+
+    // One thread's way through the phases of a step.
+    struct Walk {
+        Model& model;
+        const tandem_batch& batch;
+        int id, phase = 0;
+
+        template <class F>
+        void share(int count, int grain, F&& f) {
+            model.phases_.share(phase++, count, grain, f);
+        }
+        template <class F>
+        void each(int count, int grain, F&& f) {
+            share(count, grain, [&](Part part) {
+                for (int i = part.first; i < part.last; ++i) f(i);
+            });
+        }
+        // All tiles of a W^T, `rows` of a with `stride` elements each.
+        template <class Finish>
+        void linear(const PackedMatrix<T>& w, const T* a, size_t stride, int rows,
+                    Finish&& finish) {
+            share(w.tiles(), w.grain(model.team_.size()),
+                  [&](Part part) { w.apply(a, words<T>(stride), rows, part, finish); });
+        }
+        // The same for a = rms_norm(x). A few rows are cheaper to normalise in every thread than to
+        // wait for.
+        template <class Finish>
+        void linear_of_norm(const PackedMatrix<T>& w, const std::vector<float>& weight, int rows,
+                            Finish&& finish) {
+            const size_t stride = model.s_.hidden_stride();
+            const auto norm = [&](int row, T* to) {
+                model.norm_row(model.x_.data() + row * stride, weight, to + row * stride);
+            };
+            if (rows > FEW) {
+                T* normed = model.normed_.data();
+                each(rows, 8, [&](int row) { norm(row, normed); });
+                linear(w, normed, stride, rows, finish);
+                return;
+            }
+            T* own = model.normed_.data() + (model.capacity_ + size_t(id) * FEW) * stride;
+            bool ready = false;
+            share(w.tiles(), w.grain(model.team_.size()), [&](Part part) {
+                for (int row = 0; row < rows && !ready; ++row) norm(row, own);
+                ready = true;
+                w.apply(own, words<T>(stride), rows, part, finish);
+            });
+        }
+    };
+
+    void compute(const tandem_batch& batch, int id) {
+        Walk walk{*this, batch, id};
+        walk.each(batch.tokens, 16, [&](int t) {
+            load_row(x_.data() + t * s_.hidden_stride(),
+                     embedding_ + int64_t(batch.token_ids[t]) * s_.hidden, s_.hidden);
+        });
+        for (int i = 0; i < s_.layers; ++i) attend_and_think(walk, i);
+        if (batch.samples == 0) return;
+        walk.each(batch.samples, 8, [&](int i) {
+            norm_row(x_.data() + batch.sample_tokens[i] * s_.hidden_stride(), norm_,
+                     sampled_.data() + i * s_.hidden_stride());
+        });
+        predict(walk);
+    }
+
+    void attend_and_think(Walk& walk, int number) {
+        const Layer<T>& layer = layers_[number];
+        const int tokens = walk.batch.tokens;
+        const auto add_to_x = [&](const std::vector<float>& bias) {
+            return [&](int row, int column, Lanes low, Lanes high) {
+                add_bias(bias, column, low, high);
+                float* x = x_.data() + row * s_.hidden_stride() + column;
+                store(x, load(x) + low);
+                store(x + LANES, load(x + LANES) + high);
+            };
+        };
+        walk.linear_of_norm(layer.qkv, layer.input_norm, tokens,
+                            [&](int row, int column, Lanes low, Lanes high) {
+                                add_bias(layer.qkv_bias, column, low, high);
+                                float* to = qkv_.data() + row * s_.qkv_stride() + column;
+                                store(to, low);
+                                store(to + LANES, high);
+                            });
+        if (!only_decode_)
+            walk.each(tokens * s_.kv_heads, 4 * s_.kv_heads, [&](int i) {
+                place(walk.batch, layer, number, i / s_.kv_heads, i % s_.kv_heads);
+            });
+        walk.each(int(tasks_.size()), 1,
+                  [&](int i) { attend(walk.batch, layer, number, tasks_[i], walk.id); });
+        walk.linear(layer.o, attended_.data(), s_.attended_stride(), tokens,
+                    add_to_x(layer.o_bias));
+        walk.linear_of_norm(
+            layer.gate_up, layer.mlp_norm, tokens, [&](int row, int column, Lanes gate, Lanes up) {
+                add_bias(layer.gate_up_bias, column, gate, up);
+                store(inner_.data() + row * s_.inner_stride() + column / 2, silu(gate) * up);
+            });
+        walk.linear(layer.down, inner_.data(), s_.inner_stride(), tokens,
+                    add_to_x(layer.down_bias));
+    }
+
+    static void add_bias(const std::vector<float>& bias, int column, Lanes& low, Lanes& high) {
+        if (bias.empty()) return;
+        low = low + load(bias.data() + column);
+        high = high + load(bias.data() + column + LANES);
+    }
+
+    void norm_row(const float* x, const std::vector<float>& weight, T* to) const {
+        rms_norm(x, weight.data(), s_.hidden, s_.hidden_stride(), s_.eps, to);
+    }
+
+    // Query heads of one kv head and token, [kv_head, token, head of the group, head_dim].
+    T* queries_of(int kv_head, int token) {
+        return queries_.data() + (size_t(kv_head) * capacity_ + token) * s_.group() * s_.head_dim;
+    }
+
+    // Rotates one kv head's queries and key of a token, and writes its key and value to the pool.
+    void place(const tandem_batch& batch, const Layer<T>& layer, int number, int token,
+               int kv_head) {
+        const Span& span = spans_[span_of_[token]];
+        const int position = span.start + token - span.first_token, dim = s_.head_dim;
+        const float* cos = batch.cos + int64_t(position) * (dim / 2);
+        const float* sin = batch.sin + int64_t(position) * (dim / 2);
+        const float* heads = qkv_.data() + token * s_.qkv_stride();
+        T* queries = queries_of(kv_head, token);
+        for (int i = 0; i < s_.group(); ++i)
+            place_head(heads + (kv_head * s_.group() + i) * dim, layer.q_norm, s_.eps, cos, sin,
+                       dim, queries + i * dim);
+        const int block = span.blocks[position / s_.block_size], slot = position % s_.block_size;
+        place_head(heads + (s_.heads + kv_head) * dim, layer.k_norm, s_.eps, cos, sin, dim,
+                   pool_.page(block, number, 0, kv_head) + slot * dim);
+        store_row(pool_.page(block, number, 1, kv_head) + slot * dim,
+                  heads + (s_.heads + s_.kv_heads + kv_head) * dim, dim);
+    }
+
+    void attend(const tandem_batch& batch, const Layer<T>& layer, int number, const Task& task,
+                int id) {
+        const Span& span = spans_[task.row];
+        const int token = span.first_token + task.first;
+        // A decode row needs no key of this step but its own.
+        if (only_decode_) place(batch, layer, number, token, task.kv_head);
+        attention_[id].attend(pool_, number, layer.window, span, task,
+                              queries_of(task.kv_head, token),
+                              attended_.data() + token * s_.attended_stride() +
+                                  task.kv_head * s_.group() * s_.head_dim,
+                              s_.attended_stride());
+    }
+
+    struct Best {
+        float value;
+        int32_t token;
+    };
+
+    void predict(Walk& walk) {
+        const tandem_batch& batch = walk.batch;
+        Best* best = best_.data() + size_t(walk.id) * sample_capacity_;
+        const auto take_best = [&](int row, int column, const float (&values)[TILE]) {
+            const int count = std::min(TILE, s_.vocab - column);
+            for (int j = 0; j < count; ++j)
+                if (values[j] > best[row].value) best[row] = {values[j], column + j};
+        };
+        const auto finish = [&](int row, int column, Lanes low, Lanes high) {
+            alignas(64) float values[TILE];
+            const int line = batch.sample_lines[row];
+            // Most tiles do not hold a row's best token; of them nothing is written.
+            if (line < 0 && largest(larger(low, high)) <= best[row].value) return;
+            store(values, low);
+            store(values + LANES, high);
+            if (line < 0) return take_best(row, column, values);
+            std::memcpy(batch.logits + int64_t(line) * s_.vocab + column, values,
+                        std::min(TILE, s_.vocab - column) * sizeof(float));
+        };
+        walk.linear(head_, sampled_.data(), s_.hidden_stride(), batch.samples, finish);
+    }
+
+    // The best of all threads, and of equals the first.
+    void choose(const tandem_batch& batch) {
+        for (int i = 0; i < batch.samples; ++i) {
+            Best most = best_[i];
+            for (int id = 1; id < team_.size(); ++id) {
+                const Best& other = best_[size_t(id) * sample_capacity_ + i];
+                if (other.value > most.value ||
+                    (other.value == most.value && other.token < most.token))
+                    most = other;
+            }
+            batch.best[i] = most.token;
+        }
+    }
+
+    const Shape s_;
+    Team team_;
+    Phases phases_;
+    const Pool<T> pool_;
+    const T* embedding_;
+    std::vector<float> norm_;
+    std::vector<Layer<T>> layers_;
+    PackedMatrix<T> head_;
+    std::vector<Attention<T>> attention_;  // [threads]
+
+    std::vector<Span> spans_;
+    std::vector<Task> tasks_;
+    std::vector<int> span_of_;  // [tokens]: row of each
+    bool only_decode_ = false;
+
+    int capacity_ = 0, sample_capacity_ = 0;
+    Buffer<float> x_;  // [tokens, hidden], the residual
+    Buffer<T> normed_;
+    Buffer<float> qkv_;  // [tokens, q heads, k heads, v heads]
+    Buffer<T> queries_, attended_, inner_, sampled_;
+    Buffer<Best> best_;  // [threads, samples]
+};
+
+}  // namespace tandem

@@ -1,0 +1,57 @@
+"""What computes a step: the contract between the runner and its backends, and their choice.
+
+`common.model.native` (C++ kernels, CPU) and `common.model.torch_decoder` (plain torch, any device)
+implement it. Both leave the same KV in the pool and the same logits, up to rounding.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import torch
+
+from common.kv.pool import KvPool
+from common.model.batch import Row
+from common.model.cpu.build import BuildError
+from common.model.native import NativeDecoder
+from common.model.spec import ModelSpec
+from common.model.torch_decoder import TorchDecoder
+from common.model.weights import Weights
+
+log = logging.getLogger("tandem.kernels")
+
+Kernels = Literal["auto", "native", "torch"]
+
+
+class Decoder(Protocol):
+    """A model over a pool."""
+
+    def compute(
+        self, rows: Sequence[Row], sampling: Sequence[int], greedy: Sequence[bool]
+    ) -> tuple[list[int], torch.Tensor]:
+        """Write the KV of all rows, and look at the last token of some.
+
+        sampling: indices of rows; greedy: for each, whether its best token is enough. Returns that
+        token for each (meaningless where not greedy), and the logits of the others in their order,
+        [others, vocab] float32, which the caller may overwrite.
+        """
+        ...
+
+
+def open_decoder(
+    spec: ModelSpec, weights: Weights, pool: KvPool, kernels: Kernels, threads: int
+) -> Decoder:
+    """auto: native where it can be. Raises BuildError for native kernels that cannot be compiled.
+
+    threads: of native kernels; torch has a setting of its own.
+    """
+    if kernels == "torch" or not NativeDecoder.supports(spec, weights):
+        assert kernels != "native", (spec, weights.dtype, weights.device)
+        return TorchDecoder(spec, weights, pool)
+    try:
+        return NativeDecoder(spec, weights, pool, threads)
+    except BuildError as error:
+        if kernels == "native":
+            raise
+        log.warning("no CPU kernels, using torch, which is slower: %s", error)
+        return TorchDecoder(spec, weights, pool)
