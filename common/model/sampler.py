@@ -23,6 +23,8 @@ GREEDY_BELOW: Final = 1e-5
 """Temperatures below this mean greedy: dividing by them would only overflow."""
 
 _NONE: Final = float("-inf")
+_MOST: Final = 1e30
+"""Larger than any logit; finite even when it is divided by the least temperature."""
 
 
 class Sampler:
@@ -105,6 +107,8 @@ class Sampler:
             outputs, counts = np.unique(tokens[sample.prompt_len :], return_counts=True)
             penalties = params.frequency_penalty * counts + params.presence_penalty
             line[torch.from_numpy(outputs).to(device)] -= torch.from_numpy(penalties).to(line)
+        # An extreme penalty overflows; softmax of an infinite logit would be NaN.
+        line.clamp_(max=_MOST)
 
 
 def _has_penalties(params: SamplingParams) -> bool:

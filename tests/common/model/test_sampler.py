@@ -251,3 +251,13 @@ def test_logits_are_left_unchanged() -> None:
 
 def test_no_samples() -> None:
     assert SAMPLER.draw(torch.zeros(0, VOCAB), []) == []
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-5, 1.0])
+def test_penalties_that_overflow_still_choose_a_token(temperature: float) -> None:
+    params = SamplingParams(
+        max_tokens=4, repetition_penalty=1e-40, temperature=temperature, top_p=0.9, min_p=0.1
+    )
+    logits = torch.linspace(-3, 3, 320)[None]
+    (drawn,) = Sampler(320, ()).draw(logits, [(0, Sample(0, params, [5, 310, 7], 2))])
+    assert drawn.token == 310
