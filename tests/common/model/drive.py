@@ -14,6 +14,7 @@ import torch
 
 from common.kv.pool import KvPool
 from common.model.batch import Row, Sample, Sampled
+from common.model.decoder import Kernels
 from common.model.load import Loaded, open_model
 from common.model.runner import ModelRunner
 from common.sampling import SamplingParams
@@ -50,13 +51,28 @@ class Run:
 class Driver:
     """A runner with its pool; every slot that holds no token is NaN whenever a step begins."""
 
-    def __init__(self, loaded: Loaded, *, block_size: int = 16, num_blocks: int, seed: int = 0):
+    def __init__(
+        self,
+        loaded: Loaded,
+        *,
+        block_size: int = 16,
+        num_blocks: int,
+        seed: int = 0,
+        kernels: Kernels = "auto",
+        threads: int = 1,
+    ) -> None:
         self.layout = loaded.spec.layout(block_size, loaded.dtype_name)
         self.pool = KvPool(self.layout, num_blocks, poison=True)
-        self.runner = ModelRunner(loaded.spec, loaded.weights, self.pool)
+        self.runner = ModelRunner(
+            loaded.spec, loaded.weights, self.pool, kernels=kernels, threads=threads
+        )
         self._random = Random(seed)
         self._free = list(range(num_blocks))
         self._random.shuffle(self._free)
+
+    def take_block(self) -> int:
+        """A block that nothing else of this driver uses."""
+        return self._free.pop()
 
     def start(
         self, prompt: Sequence[int], params: SamplingParams, *, shared: Run | None = None
@@ -71,7 +87,7 @@ class Driver:
             run.blocks = shared.blocks[:full]
             run.num_computed = full * self.layout.block_size
         needed = self.layout.blocks_for(len(prompt) + params.max_tokens)
-        run.blocks += [self._free.pop() for _ in range(needed - len(run.blocks))]
+        run.blocks += [self.take_block() for _ in range(needed - len(run.blocks))]
         return run
 
     def step(self, runs: Sequence[Run], counts: Sequence[int]) -> None:
@@ -112,11 +128,16 @@ def greedy_params(max_tokens: int) -> SamplingParams:
 
 
 def run_greedy(
-    loaded: Loaded, prompts: Sequence[Sequence[int]], max_tokens: int, *, block_size: int = 16
+    loaded: Loaded,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    *,
+    block_size: int = 16,
+    kernels: Kernels = "auto",
 ) -> list[list[int]]:
     """Greedy continuations of all prompts, run concurrently."""
     num_blocks = sum(-(-(len(prompt) + max_tokens) // block_size) for prompt in prompts)
-    driver = Driver(loaded, block_size=block_size, num_blocks=num_blocks)
+    driver = Driver(loaded, block_size=block_size, num_blocks=num_blocks, kernels=kernels)
     runs = [driver.start(prompt, greedy_params(max_tokens)) for prompt in prompts]
     driver.finish(runs)
     return [run.outputs for run in runs]

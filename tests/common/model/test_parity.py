@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.model.decoder import Kernels
 from common.model.rope import Rotary, apply_rotary
 from tests.checkpoints import ARCHITECTURES, Architecture
 from tests.common.model.drive import Driver, Run, greedy_params, load, random_prompts, run_greedy
@@ -39,9 +40,9 @@ def shift_block(driver: Driver, run: Run, other: Run) -> None:
     keys.copy_(heads.view(keys.shape))
 
 
-def run_damaged(directory: Path, dtype: str, damage: Damage) -> list[int]:
+def run_damaged(directory: Path, dtype: str, damage: Damage, kernels: Kernels) -> list[int]:
     """Greedy tokens after a prefill whose KV was damaged before the first decode step."""
-    driver = Driver(load(directory, dtype), num_blocks=10)
+    driver = Driver(load(directory, dtype), num_blocks=10, kernels=kernels)
     run = driver.start(PROMPT, greedy_params(NUM_TOKENS))
     other = driver.start(PROMPT[::-1], greedy_params(NUM_TOKENS))
     driver.step([run, other], [60, 60])
@@ -54,33 +55,37 @@ def run_damaged(directory: Path, dtype: str, damage: Damage) -> list[int]:
 @pytest.mark.parametrize("dtype", CHECKS)
 @pytest.mark.parametrize("damage", [swap_blocks, shift_block])
 def test_damaged_kv_is_found(
-    checkpoint: MakeCheckpoint, architecture: Architecture, dtype: str, damage: Damage
+    checkpoint: MakeCheckpoint,
+    kernels: Kernels,
+    architecture: Architecture,
+    dtype: str,
+    damage: Damage,
 ) -> None:
     directory = checkpoint(architecture, dtype=dtype)
-    CHECKS[dtype](directory, [PROMPT], [run_damaged(directory, dtype, nothing)])
+    CHECKS[dtype](directory, [PROMPT], [run_damaged(directory, dtype, nothing, kernels)])
     with pytest.raises(AssertionError, match="prompt 0 of 60 tokens: output "):
-        CHECKS[dtype](directory, [PROMPT], [run_damaged(directory, dtype, damage)])
+        CHECKS[dtype](directory, [PROMPT], [run_damaged(directory, dtype, damage, kernels)])
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", CHECKS)
 def test_one_changed_prompt_token_is_found(
-    checkpoint: MakeCheckpoint, architecture: Architecture, dtype: str
+    checkpoint: MakeCheckpoint, kernels: Kernels, architecture: Architecture, dtype: str
 ) -> None:
     directory = checkpoint(architecture, dtype=dtype)
     for position in (0, 30, 58):
         changed = PROMPT.copy()
         changed[position] = (changed[position] + 1) % 512
-        outputs = run_greedy(load(directory, dtype), [changed], NUM_TOKENS)
+        outputs = run_greedy(load(directory, dtype), [changed], NUM_TOKENS, kernels=kernels)
         CHECKS[dtype](directory, [changed], outputs)
         with pytest.raises(AssertionError, match="prompt 0 of 60 tokens: output "):
             CHECKS[dtype](directory, [PROMPT], outputs)
 
 
-def test_one_wrong_token_is_found_where_it_is(checkpoint: MakeCheckpoint) -> None:
+def test_one_wrong_token_is_found_where_it_is(checkpoint: MakeCheckpoint, kernels: Kernels) -> None:
     directory = checkpoint("llama")
     prompts = [PROMPT, PROMPT[:7]]
-    outputs = run_greedy(load(directory), prompts, NUM_TOKENS)
+    outputs = run_greedy(load(directory), prompts, NUM_TOKENS, kernels=kernels)
     outputs[1][4] = (outputs[1][4] + 1) % 512
     for check in CHECKS.values():
         with pytest.raises(AssertionError, match=r"prompt 1 of 7 tokens: output 4 is "):

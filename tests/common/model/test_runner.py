@@ -7,6 +7,7 @@ import torch
 
 from common.kv.pool import KvPool
 from common.model.batch import Row, Sample
+from common.model.decoder import Kernels
 from common.model.runner import ModelRunner
 from common.sampling import SamplingParams
 from tests.checkpoints import ARCHITECTURES, Architecture
@@ -50,43 +51,45 @@ MODELS: dict[str, tuple[Architecture, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("block_size", [16, 32])
 def test_float32_tokens_are_those_of_transformers(
-    checkpoint: MakeCheckpoint, name: str, block_size: int
+    checkpoint: MakeCheckpoint, kernels: Kernels, name: str, block_size: int
 ) -> None:
     architecture, options = MODELS[name]
     directory = checkpoint(architecture, **options)
     prompts = random_prompts(LENGTHS, 512, seed=block_size)
-    outputs = run_greedy(load(directory), prompts, 6, block_size=block_size)
+    outputs = run_greedy(load(directory), prompts, 6, block_size=block_size, kernels=kernels)
     assert_greedy_equal(directory, prompts, outputs)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_long_prompt_among_short_ones(
-    checkpoint: MakeCheckpoint, architecture: Architecture
+    checkpoint: MakeCheckpoint, kernels: Kernels, architecture: Architecture
 ) -> None:
     directory = checkpoint(architecture)
     prompts = random_prompts(LONG, 512)
-    outputs = run_greedy(load(directory), prompts, 4)
+    outputs = run_greedy(load(directory), prompts, 4, kernels=kernels)
     assert_greedy_equal(directory, prompts, outputs)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_bfloat16_tokens_are_within_rounding(checkpoint: MakeCheckpoint, name: str) -> None:
+def test_bfloat16_tokens_are_within_rounding(
+    checkpoint: MakeCheckpoint, kernels: Kernels, name: str
+) -> None:
     architecture, options = MODELS[name]
     directory = checkpoint(architecture, dtype="bfloat16", **options)
     prompts = random_prompts(LENGTHS, 512, seed=3)
-    outputs = run_greedy(load(directory, "bfloat16"), prompts, 6)
+    outputs = run_greedy(load(directory, "bfloat16"), prompts, 6, kernels=kernels)
     assert_teacher_forced(directory, prompts, outputs)
 
 
 @pytest.mark.parametrize("block_size", [16, 32])
 def test_sequences_share_the_blocks_of_a_prefix(
-    checkpoint: MakeCheckpoint, block_size: int
+    checkpoint: MakeCheckpoint, kernels: Kernels, block_size: int
 ) -> None:
     directory = checkpoint("qwen3", sliding_window=40)
     loaded = load(directory)
     prefix, *tails = random_prompts([70, 1, 9, 40], 512)
     prompts = [prefix, *(prefix + tail for tail in tails), prefix[:33]]
-    driver = Driver(loaded, block_size=block_size, num_blocks=40)
+    driver = Driver(loaded, block_size=block_size, num_blocks=40, kernels=kernels)
     first = driver.start(prompts[0], greedy_params(6))
     driver.finish([first])
     others = [driver.start(prompt, greedy_params(6), shared=first) for prompt in prompts[1:]]
@@ -102,7 +105,9 @@ def test_sequences_share_the_blocks_of_a_prefix(
     assert_greedy_equal(directory, prompts, [run.outputs for run in (first, *others)])
 
 
-def test_sampled_tokens_depend_on_nothing_but_the_request(checkpoint: MakeCheckpoint) -> None:
+def test_sampled_tokens_depend_on_nothing_but_the_request(
+    checkpoint: MakeCheckpoint, kernels: Kernels
+) -> None:
     loaded = load(checkpoint("llama"))
     prompts = random_prompts([5, 16, 33, 100], 512)
     parameters = SamplingParams(
@@ -117,7 +122,7 @@ def test_sampled_tokens_depend_on_nothing_but_the_request(checkpoint: MakeCheckp
     )
 
     def run(block_size: int, seed: int, budget: int) -> list[list[int]]:
-        driver = Driver(loaded, block_size=block_size, num_blocks=40, seed=seed)
+        driver = Driver(loaded, block_size=block_size, num_blocks=40, seed=seed, kernels=kernels)
         runs = [driver.start(prompt, parameters) for prompt in prompts]
         driver.finish(runs, budget=budget)
         return [run.outputs for run in runs]
@@ -127,16 +132,18 @@ def test_sampled_tokens_depend_on_nothing_but_the_request(checkpoint: MakeCheckp
     assert not {0, 2} & {token for tokens in together for token in tokens}  # end of sequence
 
     # Continued elsewhere after five tokens: the rest is the same.
-    driver = Driver(loaded, num_blocks=20)
+    driver = Driver(loaded, num_blocks=20, kernels=kernels)
     resumed = driver.start(prompts[2], parameters)
     resumed.tokens += together[2][:5]
     driver.finish([resumed])
     assert resumed.outputs == together[2]
 
 
-def test_choices_of_one_row_and_rows_without_samples(checkpoint: MakeCheckpoint) -> None:
+def test_choices_of_one_row_and_rows_without_samples(
+    checkpoint: MakeCheckpoint, kernels: Kernels
+) -> None:
     loaded = load(checkpoint("mistral"))
-    driver = Driver(loaded, num_blocks=8)
+    driver = Driver(loaded, num_blocks=8, kernels=kernels)
     runner = driver.runner
     prompt = random_prompts([20], 512)[0]
     parameters = SamplingParams(max_tokens=4, temperature=1.5, seed=8, logprobs=2)
@@ -155,9 +162,11 @@ def test_choices_of_one_row_and_rows_without_samples(checkpoint: MakeCheckpoint)
     assert runner.step([]) == []
 
 
-def test_a_fork_writes_its_own_copy_of_the_tail(checkpoint: MakeCheckpoint) -> None:
+def test_a_fork_writes_its_own_copy_of_the_tail(
+    checkpoint: MakeCheckpoint, kernels: Kernels
+) -> None:
     directory = checkpoint("llama")
-    driver = Driver(load(directory), num_blocks=16)
+    driver = Driver(load(directory), num_blocks=16, kernels=kernels)
     prompt = random_prompts([20], 512)[0]
     one = driver.start(prompt, greedy_params(10))
     driver.step([one], [20])
@@ -177,10 +186,10 @@ def test_a_pool_of_another_model_is_a_mistake(checkpoint: MakeCheckpoint) -> Non
         ModelRunner(loaded.spec, loaded.weights, KvPool(layout, 2))
 
 
-def test_free_slots_are_never_read(checkpoint: MakeCheckpoint) -> None:
+def test_free_slots_are_never_read(checkpoint: MakeCheckpoint, kernels: Kernels) -> None:
     """After every step all slots without a token are poisoned anew, reused blocks included."""
     directory = checkpoint("mistral", sliding_window=40)
-    driver = Driver(load(directory), num_blocks=30)
+    driver = Driver(load(directory), num_blocks=30, kernels=kernels)
     prompts = random_prompts([3, 16, 47, 100], 512)
     runs = [driver.start(prompt, greedy_params(5)) for prompt in prompts]
     while active := [run for run in runs if not run.done]:
