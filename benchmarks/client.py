@@ -33,7 +33,7 @@ class _Event(msgspec.Struct):
 
     choices: list[_Choice] | None = None
     usage: _Usage | None = None
-    error: msgspec.Raw | None = None
+    error: msgspec.Raw = msgspec.Raw()
 
 
 _decode = msgspec.json.Decoder(_Event).decode
@@ -174,8 +174,8 @@ async def _read_stream(response: aiohttp.ClientResponse, record: Record) -> None
                 finished = True
                 continue
             event = _decode(text)
-            if event.error is not None and event.error != b"null":
-                record.error = f"stream error: {bytes(event.error).decode(errors='replace')}"
+            if (problem := bytes(event.error)) not in (b"", b"null"):
+                record.error = f"stream error: {problem.decode(errors='replace')}"
                 continue
             if event.choices:
                 record.chunks.append(now)

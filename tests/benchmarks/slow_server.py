@@ -22,12 +22,27 @@ class SlowServer:
     """Per request: arrival, then the time of each token."""
     prompts: list[list[int]] = field(default_factory=list)
 
+    connections: set["asyncio.Task[None]"] = field(default_factory=set)
+
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self.connections.add(task)
         try:
             while await self._one(reader, writer):
                 pass
+        except (ConnectionError, asyncio.CancelledError):
+            pass  # the client left, or the test is over
         finally:
             writer.close()
+            self.connections.discard(task)
+
+    async def close(self) -> None:
+        """End all connections, also those in the middle of an answer."""
+        while self.connections:
+            for task in self.connections:
+                task.cancel()
+            await asyncio.wait(set(self.connections))
 
     async def _one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         try:
@@ -78,5 +93,8 @@ async def slow_server(ttft_s: float, itl_s: float) -> AsyncIterator[SlowServer]:
     server = await asyncio.start_server(stub.handle, "127.0.0.1", 0)
     stub.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     async with server:
-        yield stub
-        server.close()
+        try:
+            yield stub
+        finally:
+            await stub.close()
+            await asyncio.sleep(0)  # closed transports are let go of

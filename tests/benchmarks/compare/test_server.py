@@ -1,0 +1,63 @@
+"""Processes of a comparison: ready means ready, and nothing is left at the end."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from benchmarks.compare.server import Command, StartError, answers, free_ports, running
+
+SERVER = """
+import http.server, subprocess, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers()
+    def log_message(self, *arguments): pass
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print(child.pid, flush=True)
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+def command(program: str, *arguments: str, port: int = 0) -> Command:
+    core = min(os.sched_getaffinity(0))
+    argv = (sys.executable, "-c", program, *arguments)
+    return Command("one", argv, port, (core,), {"COLOUR": "red"})
+
+
+def test_starts_pinned_and_leaves_nothing(tmp_path: Path) -> None:
+    (port,) = free_ports(1)
+    with running([command(SERVER, str(port), port=port)], tmp_path, 30.0):
+        assert answers(f"http://127.0.0.1:{port}/health")
+        child = psutil.Process(int((tmp_path / "one.log").read_text()))
+        assert child.cpu_affinity() == [min(os.sched_getaffinity(0))]
+        assert child.environ()["COLOUR"] == "red"
+    assert not answers(f"http://127.0.0.1:{port}/health")
+    deadline = time.monotonic() + 10.0
+    while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, "a child outlived its server"
+        time.sleep(0.02)
+
+
+def test_a_server_that_ends_says_why(tmp_path: Path) -> None:
+    program = "import sys; sys.exit('no such model')"
+    with (
+        pytest.raises(StartError, match=r"(?s)one ended with code 1.*no such model"),
+        running([command(program)], tmp_path, 30.0),
+    ):
+        pass
+
+
+def test_a_server_that_never_answers_is_given_up(tmp_path: Path) -> None:
+    with (
+        pytest.raises(StartError, match="one was not ready in time"),
+        running([command("import time; time.sleep(600)")], tmp_path, 0.5),
+    ):
+        pass
+
+
+def test_free_ports_differ() -> None:
+    assert len(set(free_ports(20))) == 20
