@@ -17,7 +17,7 @@ TESTS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install serve test lint format types check clean
+.PHONY: install serve test lint format types check compare bench-quick clean
 
 install: $(INSTALLED)
 
@@ -49,6 +49,14 @@ types: $(INSTALLED)
 	$(BIN)/mypy
 
 check: lint types test
+
+# Tandem beside every rival that is installed; ARGS takes flags such as --quick.
+compare: $(INSTALLED)
+	$(BIN)/python -m benchmarks.compare $(ARGS)
+
+# Today's speed against the kept one, in under 5 minutes; ARGS=--keep keeps today's.
+bench-quick: $(INSTALLED)
+	$(BIN)/python -m benchmarks.quick $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
