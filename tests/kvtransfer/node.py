@@ -52,6 +52,7 @@ class Node:
         transport: str | None = None,
     ) -> None:
         self.id, self.epoch = id, epoch
+        self.transport = transport or TRANSPORT
         self.pool = BytePool(num_blocks, block_bytes)
         self.events = EventQueue()
         self.endpoint = Endpoint(
@@ -60,7 +61,7 @@ class Node:
             self.events,
             timers,
             "127.0.0.1",
-            transport or TRANSPORT,
+            self.transport,
         )
 
     @property

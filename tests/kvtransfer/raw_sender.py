@@ -1,30 +1,108 @@
 """A hand-made sender that speaks the protocol over plain sockets, also wrongly."""
 
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import zmq
 import zmq.asyncio
 
+from common.kv.shared import SharedBlocks
 from kvtransfer import protocol
 from kvtransfer.commands import First, Key, Wanted
 from kvtransfer.memory import digest
+from kvtransfer.tcp_transport import PREFIX, split_address
 from tests.kvtransfer.node import FIRST, Node
 from tests.kvtransfer.pool import BLOCK_SIZE, identity
 
 M = TypeVar("M")
 
 
+class RawData(Protocol):
+    """A data connection that sends whatever it is told to."""
+
+    def connect(self, address: str) -> None: ...
+
+    def ship(self, header: protocol.DataHeader, frames: Sequence[bytes]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class RawZmq:
+    def __init__(self) -> None:
+        self.context = zmq.Context()
+        self.socket = self.context.socket(zmq.DEALER)
+
+    def connect(self, address: str) -> None:
+        self.socket.connect(address)
+
+    def ship(self, header: protocol.DataHeader, frames: Sequence[bytes]) -> None:
+        self.socket.send_multipart([protocol.encode(header), *frames])
+
+    def close(self) -> None:
+        self.context.destroy(linger=0)
+
+
+class RawTcp:
+    def __init__(self) -> None:
+        self.socket = socket.socket()
+
+    def connect(self, address: str) -> None:
+        self.socket.connect(split_address(address))
+
+    def ship(self, header: protocol.DataHeader, frames: Sequence[bytes]) -> None:
+        head, body = protocol.encode(header), b"".join(frames)
+        self.socket.sendall(PREFIX.pack(len(head), len(body)) + head + body)
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+class RawShm:
+    """Its pool has a block for each frame of a message."""
+
+    def __init__(self) -> None:
+        self.shared = SharedBlocks(8, 64)
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    def connect(self, address: str, fds: Sequence[int] | None = None) -> None:
+        self.socket.connect("\0" + address.removeprefix("unix:@"))
+        pool = protocol.encode(protocol.SharedPool(8, 64))
+        socket.send_fds(self.socket, [pool], [self.shared.fd] if fds is None else fds)
+
+    def ship(self, header: protocol.DataHeader, frames: Sequence[bytes]) -> None:
+        """Once the receiver has looked at them the blocks may be changed."""
+        body = b"".join(frames)
+        self.shared.blocks[: len(body)] = body
+        sources = tuple(protocol.SharedBlock(i, 0) for i in range(len(header.blocks)))
+        self.send(protocol.SharedHeader(header, sources))
+
+    def send(self, message: protocol.SharedHeader) -> None:
+        self.socket.send(protocol.encode(message))
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+RAW: dict[str, type[RawZmq] | type[RawTcp] | type[RawShm]] = {
+    "zmq": RawZmq,
+    "tcp": RawTcp,
+    "shm": RawShm,
+}
+
+
 class RawSender:
     """Not connected to anything of ours but the receiver under test."""
 
     def __init__(self, context: zmq.asyncio.Context, target: Node, epoch: int = 99) -> None:
+        """Sends data over the transport of `target`."""
         self.target = target
         self.me = identity("raw", epoch)
         self.control = context.socket(zmq.DEALER)
         self.control.connect(target.endpoint.address)
-        self.data = context.socket(zmq.DEALER)
+        self.transport = target.transport
+        self.data: RawData = RAW[self.transport]()
 
     async def send(self, message: protocol.ToReceiver) -> None:
         await self.control.send(protocol.encode(message))
@@ -37,9 +115,9 @@ class RawSender:
                 return message
 
     async def greet(self) -> protocol.Welcome:
-        await self.send(self.me.hello("tcp://127.0.0.1:1", ("zmq",)))
+        await self.send(self.me.hello("tcp://127.0.0.1:1", (self.transport,)))
         welcome = await self.receive(protocol.Welcome)
-        self.data.connect(welcome.data["zmq"])
+        self.data.connect(welcome.data[self.transport])
         return welcome
 
     def begin(self, key: Key, transfer: int, num_tokens: int, round: int = 0) -> protocol.Begin:
@@ -76,7 +154,7 @@ class RawSender:
         )
 
     async def ship(self, header: protocol.DataHeader, frames: Sequence[bytes]) -> None:
-        await self.data.send_multipart([protocol.encode(header), *frames])
+        self.data.ship(header, frames)
 
     async def close(self, ticket: protocol.Ticket, first: tuple[First, ...] = FIRST) -> None:
         """Close, with a fence behind the data."""
@@ -88,7 +166,9 @@ class RawSender:
 @contextmanager
 def raw_sender(target: Node, epoch: int = 99) -> Iterator[RawSender]:
     context = zmq.asyncio.Context()
+    raw = RawSender(context, target, epoch)
     try:
-        yield RawSender(context, target, epoch)
+        yield raw
     finally:
+        raw.data.close()
         context.destroy(linger=0)

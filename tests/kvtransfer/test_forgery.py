@@ -12,7 +12,7 @@ from kvtransfer import protocol
 from kvtransfer.commands import Arrived, Grant, Key, Returned, Slot
 from tests.kvtransfer.node import FIRST, TIMERS, Node, running
 from tests.kvtransfer.pool import identity
-from tests.kvtransfer.raw_sender import RawSender, raw_sender
+from tests.kvtransfer.raw_sender import RawSender, RawZmq, raw_sender
 
 KEY = Key(3, 1)
 CONTENTS = [bytes([i]) * 64 for i in (1, 2)]
@@ -43,7 +43,7 @@ class Scene:
 
 
 @pytest.fixture
-async def scene() -> AsyncIterator[Scene]:
+async def scene(transport: str) -> AsyncIterator[Scene]:
     node = Node("d", 2)
     async with running(node):
         with raw_sender(node) as raw:
@@ -92,6 +92,7 @@ async def test_a_wrong_block(scene: Scene, reason: str, wrong: dict[str, int]) -
     await scene.succeed()
 
 
+@pytest.mark.parametrize("transport", ["tcp", "zmq"], indirect=True)
 async def test_too_few_bytes_and_too_many(scene: Scene) -> None:
     header = scene.raw.header(scene.ticket, CONTENTS)
     await scene.raw.ship(header, CONTENTS[:1])
@@ -102,15 +103,18 @@ async def test_too_few_bytes_and_too_many(scene: Scene) -> None:
     await scene.succeed()
 
 
+@pytest.mark.parametrize("transport", ["zmq"], indirect=True)
 @pytest.mark.parametrize(
     "frames", [[b"\xc1 is no msgpack"], [b""], [b"\x90"], [b"\x95\x01\x02\x03\x04\x05"]]
 )
 async def test_a_malformed_data_message(scene: Scene, frames: list[bytes]) -> None:
-    await scene.raw.data.send_multipart(frames)
+    assert isinstance(scene.raw.data, RawZmq)
+    scene.raw.data.socket.send_multipart(frames)
     await scene.dropped("malformed")
     await scene.succeed()
 
 
+@pytest.mark.parametrize("transport", ["zmq"], indirect=True)
 async def test_a_frame_that_is_no_whole_block(scene: Scene) -> None:
     await scene.raw.ship(scene.raw.header(scene.ticket, CONTENTS[:1]), [bytes(63)])
     await scene.dropped("malformed")
@@ -262,7 +266,7 @@ async def test_an_abort_may_overtake_its_begin(scene: Scene) -> None:
     assert scene.node.events.empty()
 
 
-async def test_a_sender_that_never_comes_back_is_given_up() -> None:
+async def test_a_sender_that_never_comes_back_is_given_up(transport: str) -> None:
     node = Node("d", 2)
     async with running(node):
         with raw_sender(node) as raw:
