@@ -3,6 +3,7 @@
 import asyncio
 
 import msgspec
+import pytest
 
 from common.config import TimerConfig
 from kvtransfer.commands import Arrived, Broken, Delivered, Key, Returned, Ticketed, Wanted
@@ -11,6 +12,7 @@ from tests.kvtransfer.pool import BLOCK_SIZE
 from tests.kvtransfer.proxy import proxy
 
 KEY = Key(7, 1)
+BETWEEN_HOSTS = pytest.mark.parametrize("transport", ["tcp", "zmq"])
 TIMERS = TimerConfig(heartbeat_s=1, lease_s=5, stall_s=3)
 
 
@@ -33,13 +35,14 @@ async def test_the_control_connection_is_cut_and_comes_back() -> None:
         assert between.num_connections >= 2
 
 
-async def test_the_data_connection_is_cut_in_mid_transfer() -> None:
+@BETWEEN_HOSTS
+async def test_the_data_connection_is_cut_in_mid_transfer(transport: str) -> None:
     """What was under way is lost and sent again in a second round."""
     block_bytes = 1 << 18
     p = Node("p", 1, block_bytes=block_bytes, timers=TIMERS)
     d = Node("d", 2, block_bytes=block_bytes, timers=TIMERS)
-    async with running(p, d), proxy(d.endpoint._receiver.data["zmq"]) as between:
-        d.endpoint._receiver.data = {"zmq": between.address}
+    async with running(p, d), proxy(d.endpoint._receiver.data[transport]) as between:
+        d.endpoint._receiver.data = {transport: between.address}
         for block in range(64):
             p.pool.fill(block, f"block {block}")
         p.open(KEY, d.peer, 64 * BLOCK_SIZE)
@@ -57,11 +60,12 @@ async def test_the_data_connection_is_cut_in_mid_transfer() -> None:
         assert all(d.pool.read(63 - i) == p.pool.read(i) for i in range(64))
 
 
-async def test_a_black_hole_in_the_data_path_is_a_stall() -> None:
+@BETWEEN_HOSTS
+async def test_a_black_hole_in_the_data_path_is_a_stall(transport: str) -> None:
     timers = TimerConfig(heartbeat_s=5, lease_s=20, stall_s=0.6)
     p, d = Node("p", 1, timers=timers), Node("d", 2, timers=timers)
-    async with running(p, d), proxy(d.endpoint._receiver.data["zmq"]) as between:
-        d.endpoint._receiver.data = {"zmq": between.address}
+    async with running(p, d), proxy(d.endpoint._receiver.data[transport]) as between:
+        d.endpoint._receiver.data = {transport: between.address}
         p.open(KEY, d.peer, 2 * BLOCK_SIZE)
         await d.events.next(Wanted)
         d.grant(KEY, {0: 0, 1: 1})
