@@ -1,0 +1,120 @@
+"""The receiving process of `benchmarks.transfer`, and what both processes share.
+
+    python -m benchmarks.transfer_peer WAY BLOCK_BYTES NUM_BLOCKS
+
+Its first line of output is its address; it runs until it is killed.
+"""
+
+import asyncio
+import socket
+import sys
+from typing import Final
+
+from common.config import TimerConfig
+from common.kv.shared import SharedBlocks
+from common.messages import KvLayoutInfo
+from kvtransfer.commands import Grant, Slot, Wanted
+from kvtransfer.endpoint import Endpoint, TransferEvent
+from kvtransfer.identity import EndpointIdentity
+
+IN_FLIGHT: Final = 4
+TIMERS: Final = TimerConfig(heartbeat_s=5.0, lease_s=30.0, stall_s=20.0)
+CONTENT_ID: Final = "benchmark"
+
+
+class Pool:
+    """Blocks in shared memory, every page of which is there."""
+
+    def __init__(self, num_blocks: int, block_bytes: int) -> None:
+        self.num_blocks = num_blocks
+        self.block_bytes = block_bytes
+        self.shared = SharedBlocks(num_blocks, block_bytes)
+        for block in range(num_blocks):
+            self.slab(block)[:] = (b"%7d\n" % block) * (block_bytes // 8)
+
+    def slab(self, block: int) -> memoryview:
+        return self.run(block, 1)
+
+    def run(self, block: int, count: int) -> memoryview:
+        return self.shared.blocks[block * self.block_bytes : (block + count) * self.block_bytes]
+
+
+class EventQueue:
+    """The inbox of an endpoint whose engine lives in the same loop."""
+
+    def __init__(self) -> None:
+        self._queue: asyncio.Queue[TransferEvent] = asyncio.Queue()
+
+    def put(self, item: TransferEvent, /) -> None:
+        self._queue.put_nowait(item)
+
+    async def next(self) -> TransferEvent:
+        return await self._queue.get()
+
+
+def layout_of(block_bytes: int) -> KvLayoutInfo:
+    """Some layout of that size."""
+    return KvLayoutInfo(
+        block_size=16, num_layers=1, num_kv_heads=1, head_dim=block_bytes // 64, dtype="bfloat16"
+    )
+
+
+def groups_of(num_blocks: int, blocks: int) -> int:
+    """How many transfers of `blocks` blocks have their own part of the pool, IN_FLIGHT at most."""
+    return min(IN_FLIGHT, num_blocks // blocks)
+
+
+async def receive(transport: str, pool: Pool) -> None:
+    """Grant every prompt its blocks; the attempt is their number."""
+    events = EventQueue()
+    identity = EndpointIdentity("receiver", 2, CONTENT_ID, layout_of(pool.block_bytes))
+    endpoint = Endpoint(identity, pool, events, TIMERS, "127.0.0.1", transport)
+    await endpoint.start()
+    print(endpoint.address, flush=True)
+    while True:
+        event = await events.next()
+        if isinstance(event, Wanted):
+            number, blocks = event.key
+            base = number % groups_of(pool.num_blocks, blocks) * blocks
+            slots = tuple(Slot(i, base + i, 1) for i in range(blocks))
+            endpoint.command(Grant(event.key, slots))
+
+
+def receive_raw(pool: Pool) -> None:
+    """Connections that begin with the number of blocks of a transfer; each is answered."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        host, port = server.getsockname()
+        print(f"{host}:{port}", flush=True)
+        while True:
+            connection, _ = server.accept()
+            with connection:
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                blocks = int.from_bytes(connection.recv(4, socket.MSG_WAITALL), "little")
+                groups = groups_of(pool.num_blocks, blocks)
+                turn = 0
+                while fill(connection, pool.run(turn % groups * blocks, blocks)):
+                    connection.sendall(b".")
+                    turn += 1
+
+
+def fill(connection: socket.socket, target: memoryview) -> bool:
+    """Receive until `target` is full; False if the connection ends."""
+    while target:
+        count = connection.recv_into(target)
+        if not count:
+            return False
+        target = target[count:]
+    return True
+
+
+def main() -> None:
+    way, block_bytes, num_blocks = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    pool = Pool(num_blocks, block_bytes)
+    if way == "raw_tcp":
+        receive_raw(pool)
+    else:
+        asyncio.run(receive(way, pool))
+
+
+if __name__ == "__main__":
+    main()
