@@ -7,7 +7,7 @@ it; `prefill.engine` and `decode.engine` are the two roles.
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Protocol
 
 from common.errors import ProtocolError
@@ -101,6 +101,10 @@ class Engine(ABC):
         thread has let them go."""
 
     @abstractmethod
+    def drop_choices(self, attempt: AttemptId, choices: Collection[int]) -> None:
+        """The router wants no more of some choices of a live attempt."""
+
+    @abstractmethod
     def transfer(self, event: object) -> None:
         """Handle an event of the KV transfer endpoint."""
 
@@ -140,8 +144,11 @@ class Engine(ABC):
         match event:
             case FromRouter(router, Prefill() | Admit() as work):
                 self._take_work(router, work)
-            case FromRouter(_, Cancel(request, attempt)):
+            case FromRouter(_, Cancel(request, attempt, ())):
                 self.end((request, attempt), "cancelled")
+            case FromRouter(_, Cancel(request, attempt, choices)):
+                if self.is_live((request, attempt)):
+                    self.drop_choices((request, attempt), choices)
             case FromRouter(router, Inspect(seq)):
                 ledger = self.blocks.ledger(self.num_held())
                 self.outbox.append(Send(router, Inspected(seq, ledger)))

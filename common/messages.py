@@ -12,7 +12,7 @@ import msgspec
 from common.errors import ProtocolError
 from common.sampling import SamplingParams
 
-VERSION: Final = 1
+VERSION: Final = 2
 
 
 class Peer(msgspec.Struct, frozen=True, array_like=True):
@@ -139,11 +139,16 @@ class Admit(_Work, frozen=True, kw_only=True, tag="admit"):
     prefill: Peer | None = None
 
 
-class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
-    """Forget this attempt and free what it holds. May overtake the work itself."""
+class Cancel(msgspec.Struct, frozen=True, tag="cancel", omit_defaults=True):
+    """Forget this attempt, or some of its choices, and free what they hold.
+
+    That of a whole attempt may overtake the work itself.
+    """
 
     request: int
     attempt: int
+    choices: tuple[int, ...] = ()
+    """Choices that are over while the others go on; empty: all of them."""
 
 
 class Inspect(msgspec.Struct, frozen=True, tag="inspect"):

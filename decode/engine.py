@@ -6,7 +6,7 @@ thread from Grant until Arrived or Returned, whatever becomes of its attempt; on
 slots used again. Driven by `common.loop` in the engine thread.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from common.engine import Engine, Runner
@@ -33,6 +33,8 @@ class Attempt:
     """Its unfinished choices, running or waiting (not while it is a handover)."""
     prefilled: bool = False
     """The first output was sent, or is sent by the prefill worker."""
+    unwanted: set[int] = field(default_factory=set)
+    """Choices that the router ended while the KV was on its way."""
 
 
 class DecodeEngine(Engine):
@@ -93,6 +95,24 @@ class DecodeEngine(Engine):
             self.outbox.append(Ship(Revoke(handover.key)))
             self._lent[attempt] = handover
             self.scheduler.num_lent += 1
+
+    def drop_choices(self, attempt: AttemptId, choices: Collection[int]) -> None:
+        """End the sequences of `choices`; the attempt goes on with the others, if there are any."""
+        live = self._attempts[attempt]
+        if live.handover is not None:
+            live.unwanted.update(choices)
+            if live.unwanted.issuperset(live.handover.choices):
+                self.end(attempt, "cancelled")
+            return
+        for sequence in list(live.sequences):
+            left = tuple(choice for choice in sequence.choices if choice not in choices)
+            if left:
+                sequence.choices = left
+            else:
+                self.scheduler.remove(sequence)
+                live.sequences.remove(sequence)
+        if not live.sequences:
+            self.end(attempt, "cancelled")
 
     def idle(self) -> bool:
         return not self._attempts and not self._lent
@@ -181,7 +201,12 @@ class DecodeEngine(Engine):
             detail = f"first tokens of choices {list(draws)}, not of {parent.choices}"
             self.refuse(attempt.router, handover.key, "transfer", detail)
             return
-        attempt.sequences = self._split(parent, list(draws))
+        wanted = [choice for choice in draws if choice not in attempt.unwanted]
+        if not wanted:
+            self.blocks.release(parent.blocks)
+            self.end(handover.key, "cancelled")
+            return
+        attempt.sequences = self._split(parent, wanted)
         for sequence in list(attempt.sequences):
             self._append(attempt, sequence, draws[sequence.choices[0]], -1)
 

@@ -6,7 +6,7 @@ until the I/O thread has let them go (`Fence`), because it may be reading them. 
 `common.loop` in the engine thread.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from common.engine import Engine, Runner
 from common.events import AttemptId, Fence, Fenced, Ship
@@ -74,6 +74,11 @@ class PrefillEngine(Engine):
             self._fenced[attempt] = list(prompt.sequence.blocks)
             self.blocks.lease(prompt.sequence.blocks)
         self.scheduler.remove(prompt)
+
+    def drop_choices(self, attempt: AttemptId, choices: Collection[int]) -> None:
+        """One row computes the prompt for all choices: only the end of all of them saves work."""
+        if set(self._prompts[attempt].sequence.choices) <= set(choices):
+            self.end(attempt, "cancelled")
 
     def idle(self) -> bool:
         return not self._prompts and not self._fenced

@@ -191,9 +191,9 @@ class Pair:
         if not alone:
             self.send(self.decode, Admit(**work, prefill=P_PEER))  # type: ignore[arg-type]
 
-    def cancel(self, request: int, attempt: int = 0) -> None:
+    def cancel(self, request: int, attempt: int = 0, choices: tuple[int, ...] = ()) -> None:
         for engine in self.engines:
-            self.send(engine, Cancel(request, attempt))
+            self.send(engine, Cancel(request, attempt, choices))
 
     def send(self, engine: Engine, message: Prefill | Admit | Cancel) -> None:
         self._inboxes[engine].append(FromRouter(ROUTER, message))

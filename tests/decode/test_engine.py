@@ -191,6 +191,73 @@ def test_cancel_at_every_stage(stage: int) -> None:
     pair.assert_quiet()
 
 
+@pytest.mark.parametrize("stage", range(12))
+@pytest.mark.parametrize("make", [make_pair, make_colocated])
+def test_cancel_of_one_choice_at_every_stage(make: Make, stage: int) -> None:
+    pair = make(max_num_batched_tokens=32)
+    params = SamplingParams(max_tokens=20, seed=1)
+    pair.submit(1, prompt_of(100), params, choices=(0, 1, 2))
+    for _ in range(stage):
+        for engine in pair.engines:
+            while moves := pair.moves():
+                moves[-1]()
+            pair.turn(engine)
+    while moves := pair.moves():  # all were admitted before one is cancelled
+        moves[0]()
+    before = len(pair.streams[1, 0, 1].tokens) if (1, 0, 1) in pair.streams else 0
+    pair.cancel(1, choices=(1,))
+    pair.run()
+    for choice in (0, 2):
+        assert pair.streams[1, 0, choice].tokens == expected(100, params, choice)
+        assert pair.streams[1, 0, choice].finish == "length"
+    # What had been computed may still come; from the prefill worker that is the first token.
+    after = pair.streams[1, 0, 1].tokens if (1, 0, 1) in pair.streams else []
+    assert len(after) <= max(before, 1) and pair.failed == {}
+    pair.assert_quiet()
+
+
+@pytest.mark.parametrize("stage", range(12))
+@pytest.mark.parametrize("make", [make_pair, make_colocated])
+def test_cancel_of_one_choice_after_another(make: Make, stage: int) -> None:
+    pair = make(max_num_batched_tokens=32)
+    pair.submit(1, prompt_of(100), SamplingParams(max_tokens=20, seed=1), choices=(0, 1))
+    for _ in range(stage):
+        for engine in pair.engines:
+            while moves := pair.moves():
+                moves[-1]()
+            pair.turn(engine)
+    while moves := pair.moves():
+        moves[0]()
+    pair.cancel(1, choices=(1,))
+    pair.cancel(1, choices=(0,))
+    pair.run()
+    assert pair.decode.scheduler.running == pair.decode.scheduler.waiting == []
+    assert all(len(stream.tokens) < 20 for stream in pair.streams.values())
+    # The prefill worker may not have known, but what it shipped was not wanted any more.
+    assert pair.failed in ({}, {(1, 0): "peer"})
+    pair.assert_quiet()
+
+
+def test_cancel_of_a_choice_that_was_preempted() -> None:
+    pair = make_colocated(num_blocks=6)
+    params = SamplingParams(max_tokens=40, seed=1)
+    pair.submit(1, prompt_of(20), params, choices=(0, 1, 2))
+    scheduler = pair.decode.scheduler
+    for _ in range(100):
+        while moves := pair.moves():
+            moves[0]()
+        if scheduler.waiting:
+            break
+        pair.turn(pair.decode)
+    preempted = scheduler.waiting[0].choices[0]
+    pair.cancel(1, choices=(preempted,))
+    pair.run()
+    for choice in range(3):
+        done = pair.streams[1, 0, choice].finish == "length"
+        assert done == (choice != preempted)
+    pair.assert_quiet()
+
+
 def test_cancel_overtakes_the_work() -> None:
     pair = make_pair()
     pair.cancel(1)

@@ -121,6 +121,19 @@ def test_blocks_of_an_aborted_transfer_are_kept_until_the_fence() -> None:
         assert engine.flush() == []
 
 
+def test_choices_are_cancelled_only_together() -> None:
+    engine = make_engine(max_num_batched_tokens=32)
+    engine.take(work(1, prompt_of(60), choices=(0, 1)), 0.0)
+    step(engine)
+    engine.take(FromRouter(ROUTER, Cancel(1, 0, (1,))), 0.0)
+    assert engine.is_live((1, 0))
+    engine.take(FromRouter(ROUTER, Cancel(1, 0, (0, 1))), 0.0)
+    assert step(engine) == ([Abort(Key(1, 0), "cancelled"), Fence((1, 0))], [])
+    engine.take(FromRouter(ROUTER, Cancel(2, 0, (0,))), 0.0)  # of nobody
+    engine.take(Fenced((1, 0)), 0.0)
+    assert engine.idle()
+
+
 def test_ended_choices_are_not_handed_over() -> None:
     engine = make_engine()
     ended = stub_token(1, 1, 20)
