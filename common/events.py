@@ -113,3 +113,5 @@ class Status:
     busy: bool = False
     """A step is being computed."""
     state: str = "ready"
+    step_s: float = 0.0
+    """How long a step may be predicted to take, from the longest of late."""

@@ -63,7 +63,7 @@ class TransferEndpoint(Protocol):
 
     def command(self, command: Any, /) -> None: ...
 
-    def set_progress(self, steps: int) -> None: ...
+    def set_progress(self, steps: int, step_s: float) -> None: ...
 
     def reset(self, epoch: int) -> None: ...
 
@@ -95,8 +95,7 @@ class Host:
         self._info = info
         self._endpoint = endpoint
         self._inbox = inbox
-        self._metrics = metrics
-        self._monitor = Monitor(metrics)
+        self._monitor = Monitor(metrics, endpoint)
         self._registration: Registration | None = None
         self._routers: set[bytes] = set()
         self._ticked_at = 0.0
@@ -237,8 +236,7 @@ class Host:
                 log.info("router %s is gone", router.hex())
                 self._routers.discard(router)
                 self._inbox.put(RouterGone(router))
-            self._endpoint.set_progress(self.status.steps)
-            self._metrics.show_transfers(self._endpoint.stats())
+            self._show_progress()
 
     def _watch_pause(self) -> None:
         """Begin a new life if this thread slept past the lease: peers and routers have given up
@@ -274,7 +272,11 @@ class Host:
                     self._monitor.state = "draining"
                     self._registration.set_state("draining")
                     self._tell_routers(Leaving(done=False))
-        self._endpoint.set_progress(self.status.steps)
+        self._show_progress()
+
+    def _show_progress(self) -> None:
+        status = self.status
+        self._endpoint.set_progress(status.steps, status.step_s)
 
     def _tell_routers(self, message: ToRouter) -> None:
         for router in self._routers:

@@ -5,6 +5,7 @@
 Called by `prefill.worker` and `decode.worker` after everything is started.
 """
 
+from dataclasses import replace
 from queue import Empty, SimpleQueue
 from time import monotonic
 from typing import Protocol
@@ -21,6 +22,10 @@ class Carrier(Protocol):
     def post(self, items: list[Outgoing]) -> None: ...
 
 
+LONGER = 2.0
+"""A step may take so many times as long as the longest of late."""
+FORGET = 0.98
+"""Of the time of the longest step, what is left after another one."""
 QUIET_S = 1.0
 """Idle for this long, a worker checks its books; the check takes time on a large pool."""
 
@@ -31,12 +36,13 @@ def run(engine: Engine, inbox: "SimpleQueue[object]", carrier: Carrier) -> None:
     Each turn posts one list: the outputs of the step before and the commands of this turn.
     """
     checked = True
+    longest_s = 0.0
     while True:
         take_all(engine, inbox, timeout=0.0)
         if engine.done:
             break
         batch = engine.next_batch()
-        carrier.status = engine.status(busy=bool(batch))
+        carrier.status = replace(engine.status(busy=bool(batch)), step_s=LONGER * longest_s)
         items = engine.flush()
         if items:
             carrier.post(items)
@@ -45,7 +51,9 @@ def run(engine: Engine, inbox: "SimpleQueue[object]", carrier: Carrier) -> None:
             checked = False
             started = monotonic()
             results = engine.step(batch)
-            engine.metrics.step_seconds.observe(monotonic() - started)
+            took_s = monotonic() - started
+            longest_s = max(took_s, FORGET * longest_s)
+            engine.metrics.step_seconds.observe(took_s)
             engine.settle(batch, results)
             continue
         deadline = engine.deadline()

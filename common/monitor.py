@@ -5,21 +5,32 @@ Two fixed pages need no web framework; a request that is not understood is answe
 
 import asyncio
 import contextlib
+from typing import TYPE_CHECKING, Protocol
 
 from common.errors import ConfigError
 from common.metrics import CONTENT_TYPE, WorkerMetrics
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 MAX_REQUEST_S = 5.0
 """A client that does not send its request within this time is cut off."""
 
 
+class Transfers(Protocol):
+    """The transfer endpoint (`common.host.TransferEndpoint`)."""
+
+    def stats(self) -> "DataclassInstance": ...
+
+
 class Monitor:
     """Serves the metrics and the state of one worker on a free port."""
 
-    def __init__(self, metrics: WorkerMetrics) -> None:
+    def __init__(self, metrics: WorkerMetrics, transfers: Transfers) -> None:
         self.url = ""
         self.state = "ready"
         self._metrics = metrics
+        self._transfers = transfers
         self._server: asyncio.Server | None = None
 
     async def start(self, host: str) -> None:
@@ -50,6 +61,7 @@ class Monitor:
     def _page(self, request: list[bytes]) -> bytes:
         match request:
             case [b"GET", b"/metrics"]:
+                self._metrics.show_transfers(self._transfers.stats())
                 status, kind, body = "200 OK", CONTENT_TYPE, self._metrics.render()
             case [b"GET", b"/health"]:
                 status = "200 OK" if self.state == "ready" else "503 Service Unavailable"

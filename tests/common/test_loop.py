@@ -19,12 +19,14 @@ class Recorder:
         self.status = Status()
         self.posts: list[list[Outgoing]] = []
         self.statuses: list[tuple[int, bool]] = []
+        self.predictions: list[float] = []
         self._inbox = inbox
         self._then = then
 
     def post(self, items: list[Outgoing]) -> None:
         self.posts.append(items)
         self.statuses.append((self.status.steps, self.status.busy))
+        self.predictions.append(self.status.step_s)
         if self._then and items:
             self._inbox.put(self._then.pop(0))
 
@@ -63,6 +65,7 @@ def test_one_post_per_turn_and_one_message_per_router() -> None:
     assert carrier.statuses == [(1, True), (2, False)]
     assert carrier.posts[-1][-1] == Draining()
     assert engine.steps == 2 and engine.done
+    assert all(0.0 < step_s < 5.0 for step_s in carrier.predictions)
 
 
 def test_it_sleeps_until_something_comes() -> None:
