@@ -125,7 +125,7 @@ def _write_tokenizer(directory: Path, shape: Shape) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=min(4096, shape.vocab_size),
-        special_tokens=["<|end|>"],
+        special_tokens=["<|endoftext|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -137,7 +137,7 @@ def _write_tokenizer(directory: Path, shape: Shape) -> None:
     _write_json(directory / "tokenizer.json", state)
     settings: dict[str, object] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": "<|end|>",
+        "eos_token": "<|endoftext|>",
         "model_max_length": shape.context,
         "clean_up_tokenization_spaces": False,
     }

@@ -35,12 +35,14 @@ class Job:
 class Batcher(threading.Thread):
     """Owns the model: takes what waits, at most `max_batch` jobs, and finishes it."""
 
-    def __init__(self, directory: Path, max_batch: int) -> None:
+    def __init__(
+        self, directory: Path, max_batch: int, dtype: torch.dtype = torch.bfloat16
+    ) -> None:
         super().__init__(daemon=True)
         self.max_batch = max_batch
         self.jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
         # In evaluation mode, as `from_pretrained` leaves it.
-        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
 
     def run(self) -> None:
         while True:
