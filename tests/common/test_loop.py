@@ -65,7 +65,7 @@ def test_one_post_per_turn_and_one_message_per_router() -> None:
     assert carrier.statuses == [(1, True), (2, False)]
     assert carrier.posts[-1][-1] == Draining()
     assert engine.steps == 2 and engine.done
-    assert all(0.0 < step_s < 5.0 for step_s in carrier.predictions)
+    assert 0.0 < carrier.predictions[0] < 5.0
 
 
 def test_it_sleeps_until_something_comes() -> None:
