@@ -17,8 +17,8 @@ MAY_IMPORT = {
     "prefill": {"common", "kvtransfer", "prefill"},
     "decode": {"common", "kvtransfer", "decode"},
     "router": {"common", "router"},
-    "deploy": {"common", "kvtransfer", "prefill", "decode", "router", "deploy"},
-    "benchmarks": {"common", "kvtransfer", "prefill", "decode", "router", "deploy", "benchmarks"},
+    "benchmarks": {"common", "kvtransfer", "prefill", "decode", "router", "benchmarks"},
+    "deploy": {"common", "kvtransfer", "prefill", "decode", "router", "benchmarks", "deploy"},
 }
 TORCH_PACKAGES = ("common.model", "prefill", "decode", "benchmarks")
 TORCH_MODULES = ("common.kv.pool",)
