@@ -18,7 +18,7 @@ from benchmarks.client import Target
 from benchmarks.compare.checkpoints import SHAPES, checkpoint
 from benchmarks.compare.loads import OUTPUT, PROMPT, TPOT, Closed, measure
 from benchmarks.compare.paths import LOGS, RESULTS, ROOT
-from benchmarks.compare.server import StartError, running
+from benchmarks.compare.server import StartError, running, stop_cleanly
 from benchmarks.compare.systems import MODEL, SYSTEMS
 
 SHAPE = "llama-135m"
@@ -102,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quick", description=__doc__)
     parser.add_argument("--keep", action="store_true", help=f"write {KEPT.relative_to(ROOT)}")
     args = parser.parse_args(argv)
+    stop_cleanly()
     cores = sorted(os.sched_getaffinity(0))
     if (busy := machine.busy_share()) > 0.1:
         print(f"The machine is {busy:.0%} busy already: the ratios are doubtful.")
@@ -129,4 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -9,6 +9,7 @@ summary as one JSON object if `--json -` is given.
 import argparse
 import asyncio
 import dataclasses
+import gc
 import json
 import math
 import secrets
@@ -193,6 +194,7 @@ def bench(args: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         print(f"tandem bench serve: error: {error}", file=sys.stderr)
         return 2
+    gc.freeze()  # a long plan is many objects: no pause to look through them again
     runs: list[Run] = []
     summaries: list[dict[str, Any]] = []
     for repeat in range(max(1, args.repeats)):

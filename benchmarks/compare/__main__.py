@@ -19,7 +19,7 @@ from benchmarks.client import Target
 from benchmarks.compare.checkpoints import SHAPES, checkpoint
 from benchmarks.compare.loads import LOADS, Figures, Load, chosen, measure
 from benchmarks.compare.paths import CACHE, LOGS, RESULTS
-from benchmarks.compare.server import StartError, running
+from benchmarks.compare.server import StartError, running, stop_cleanly
 from benchmarks.compare.systems import MODEL, SYSTEMS, System
 from benchmarks.compare.table import table
 
@@ -111,6 +111,7 @@ def compare(
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0 if every system was measured under every load, 2 for wrong arguments, else 1."""
     args = parser().parse_args(argv)
+    stop_cleanly()
     try:
         installed = systems(args.systems)
         names = [load.name for load in LOADS] if args.loads == "all" else args.loads.split(",")
@@ -156,4 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

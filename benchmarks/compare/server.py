@@ -36,6 +36,11 @@ class Command:
     """Added to the environment of this process."""
 
 
+def stop_cleanly() -> None:
+    """Make SIGTERM end this process like Ctrl-C, so that servers are stopped first. For `main`s."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 def free_ports(count: int) -> list[int]:
     """Ports of 127.0.0.1 that nobody used just now, all different."""
     with ExitStack() as stack:

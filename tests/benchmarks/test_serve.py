@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import serve, stats
 from benchmarks.run import run
+from deploy import cli
 from tests.benchmarks.slow_server import slow_server
 
 
@@ -171,3 +172,12 @@ async def test_json_holds_summary_and_records(
     # Prompts of another repeat, or of another run without --seed, are other prompts.
     assert len({tuple(prompt) for prompt in server.prompts}) == 6
     assert "completed requests" in capsys.readouterr().out
+
+
+def test_the_command_knows_its_benchmarks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "sideways"]) == 2
+    assert capsys.readouterr().err == "tandem bench: error: expected `tandem bench serve`\n"
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["bench", "serve", "--help"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: tandem bench serve ")
