@@ -40,14 +40,11 @@ from kvtransfer.intake import Intake
 from kvtransfer.memory import BlockMemory
 from kvtransfer.receiver import Receiver
 from kvtransfer.sender import Sender
-from kvtransfer.shm_transport import ShmListener
 from kvtransfer.sockets import send_now
 from kvtransfer.stats import TransferStats
-from kvtransfer.tcp_transport import TcpListener
 from kvtransfer.timers import Timers
 from kvtransfer.transport import Listener, Stream
-from kvtransfer.transports import connect, offered
-from kvtransfer.zmq_transport import ZmqStream
+from kvtransfer.transports import connect, listen, offered
 
 log = logging.getLogger("tandem.transfer")
 
@@ -116,13 +113,16 @@ class Endpoint:
         try:
             self._control.bind(f"tcp://{self._host}:*")
             for name in self._transports:
-                self._receiver.data[name] = await self._listen(name)
+                listener = await listen(name, self._context, self._host, self._memory)
+                self._listeners.append(listener)
+                self._receiver.data[name] = listener.address
         except (OSError, zmq.ZMQError) as error:
             await self.close()
             raise ConfigError(f"cannot bind a port of {self._host}: {error}") from error
         self.address = self._control.getsockopt_string(zmq.LAST_ENDPOINT)
         self._sender.address = self.address
-        self._tasks += [self._start(loop) for loop in (self._read_control(), self._tick())]
+        loops = [self._read_control(), self._tick(), *map(self._accept, self._listeners)]
+        self._tasks = [self._start(loop) for loop in loops]
 
     async def failed(self) -> None:
         """Waits for ever; raises what ended a loop of this endpoint, if that happens."""
@@ -203,13 +203,11 @@ class Endpoint:
 
     async def _accept(self, listener: Listener) -> None:
         while True:
-            self._read(await listener.accept())
-
-    def _read(self, stream: Stream) -> None:
-        if self._intake.add(stream):
-            reader = self._start(self._read_data(stream))
-            self._readers.add(reader)
-            reader.add_done_callback(self._readers.discard)
+            stream = await listener.accept()
+            if self._intake.add(stream):
+                reader = self._start(self._read_data(stream))
+                self._readers.add(reader)
+                reader.add_done_callback(self._readers.discard)
 
     async def _read_data(self, stream: Stream) -> None:
         async for _ in self._intake.read(stream):
@@ -239,18 +237,17 @@ class Endpoint:
 
     async def _carry(self, peer: Peer, channel: Channel, addresses: dict[str, str]) -> None:
         """Keep a data connection to this receiver up as long as there is a link to it."""
+        names = [name for name in self._transports if name in addresses]
+        connect_s = self._timers.connect_s
         down_since = time.monotonic()
         while True:
             outlet, failures = await connect(
-                self._transports, addresses, self._context, self._memory, self._timers.connect_s
+                names, addresses, self._context, self._memory, connect_s
             )
+            now = time.monotonic()
             if outlet is not None:
-                log.info(
-                    "KV blocks to %s go over %s%s",
-                    peer.id,
-                    outlet.transport,
-                    f" ({failures})" if failures else "",
-                )
+                note = f" ({failures})" if failures else ""
+                log.info("KV blocks to %s go over %s%s", peer.id, outlet.transport, note)
                 channel.outlet = outlet
                 self._flush()
                 while await outlet.changed():
@@ -260,8 +257,8 @@ class Endpoint:
                 down_since = time.monotonic()
                 self._sender.data_lost(peer, down_since)
                 log.info("the data connection to %s was lost", peer.id)
-            elif time.monotonic() - down_since >= self._timers.connect_s:
-                self._sender.lost(peer, f"no data connection: {failures}", time.monotonic())
+            elif now - down_since >= connect_s:
+                self._sender.lost(peer, f"no data connection: {failures}", now)
             self._flush()
             await asyncio.sleep(self._timers.resend_s / 5)
 
@@ -344,21 +341,6 @@ class Endpoint:
             self._start(self._watch_control(peer, channel)),
         ]
         return channel
-
-    async def _listen(self, transport: str) -> str:
-        """Let data come in over this transport; returns the address. Raises OSError."""
-        listener: Listener
-        if transport == "shm":
-            listener = ShmListener(self._memory.block_bytes)
-        elif transport == "tcp":
-            listener = await TcpListener.listen(self._host, self._memory.block_bytes)
-        else:
-            stream = ZmqStream(self._context, self._host, self._memory)
-            self._read(stream)
-            return stream.address
-        self._listeners.append(listener)
-        self._tasks.append(self._start(self._accept(listener)))
-        return listener.address
 
     def _start(self, loop: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         """Run a loop whose failure is the endpoint's failure."""

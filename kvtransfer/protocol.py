@@ -23,7 +23,9 @@ RUN_BYTES: Final = 4 << 20
 RUN_BLOCKS: Final = 1024
 """Blocks of one data message at most: it bounds the header."""
 WINDOW_BYTES: Final = 32 << 20
-"""What one sender may have under way to one receiver."""
+"""What one sender may have under way to one receiver at most."""
+WORKER_WINDOW_BYTES: Final = 256 << 20
+"""What all senders together may have under way to one receiver."""
 
 
 # ---------------------------------------------------------------- sender -> receiver
@@ -136,6 +138,8 @@ class Renew(msgspec.Struct, frozen=True, tag="renew"):
 
     number: int
     transfers: tuple[int, ...]
+    window: int
+    """See Welcome; it shrinks as more senders come."""
 
 
 ToReceiver = Hello | Begin | Progress | Close | AbortTransfer

@@ -165,7 +165,7 @@ class Receiver:
         welcome = p.Welcome(
             id=self.identity.id,
             epoch=self.identity.epoch,
-            window=p.WINDOW_BYTES,
+            window=self._window(),
             data=data,
         )
         self.outbox.append((route, welcome))
@@ -296,6 +296,7 @@ class Receiver:
         """Renew leases, end what took too long. Call it every resend_s / 5."""
         self._ended.expire(now)
         self._ended_keys.expire(now)
+        window = self._window()
         for source in self._sources:
             if self._sources.is_over(source, now):
                 self._lose(source, "peer", "gone", now)
@@ -306,7 +307,7 @@ class Receiver:
             if named and now - source.renewed_at >= self._timers.renew_s:
                 source.renewed_at = now
                 source.renewal += 1
-                self.outbox.append((source.route, p.Renew(source.renewal, tuple(named))))
+                self.outbox.append((source.route, p.Renew(source.renewal, tuple(named), window)))
 
     def _tick_transfer(self, source: Source, transfer: Incoming, now: float) -> None:
         stall_s = self._timers.stall_s
@@ -320,6 +321,11 @@ class Receiver:
             self._end(transfer, "stalled", "stalled", now)
 
     # ------------------------------------------------------------ helpers
+
+    def _window(self) -> int:
+        """Bytes that each sender may have under way, so that all together stay bounded."""
+        senders = sum(1 for source in self._sources if source.transfers)
+        return min(p.WINDOW_BYTES, p.WORKER_WINDOW_BYTES // max(1, senders))
 
     def _is_taken(self, key: Key) -> bool:
         return key in self._keys or self._ended_keys.get(key) is not None

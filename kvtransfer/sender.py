@@ -240,6 +240,7 @@ class Sender:
 
     def _renew(self, link: OutgoingLink, message: p.Renew, now: float) -> None:
         named = set(message.transfers)
+        link.window = message.window
         for transfer in list(link.transfers.values()):
             if transfer.round == 0:
                 continue

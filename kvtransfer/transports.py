@@ -12,10 +12,10 @@ import zmq.asyncio
 
 from common.errors import ConfigError
 from kvtransfer.memory import BlockMemory
-from kvtransfer.shm_transport import ShmOutlet
-from kvtransfer.tcp_transport import TcpOutlet
-from kvtransfer.transport import Outlet
-from kvtransfer.zmq_transport import ZmqOutlet
+from kvtransfer.shm_transport import ShmListener, ShmOutlet
+from kvtransfer.tcp_transport import TcpListener, TcpOutlet
+from kvtransfer.transport import Listener, Outlet
+from kvtransfer.zmq_transport import ZmqListener, ZmqOutlet
 
 ORDER: Final = ("shm", "tcp", "zmq")
 """From the fastest to the one that works everywhere."""
@@ -32,6 +32,17 @@ def offered(transport: str, memory: BlockMemory) -> tuple[str, ...]:
     return (transport,)
 
 
+async def listen(
+    name: str, context: zmq.asyncio.Context, host: str, memory: BlockMemory
+) -> Listener:
+    """Let data come in over this transport. Raises OSError or zmq.ZMQError if that cannot be."""
+    if name == "shm":
+        return ShmListener(memory.block_bytes)
+    if name == "tcp":
+        return await TcpListener.listen(host, memory.block_bytes)
+    return ZmqListener(context, host, memory)
+
+
 async def connect(
     names: Sequence[str],
     addresses: Mapping[str, str],
@@ -39,12 +50,10 @@ async def connect(
     memory: BlockMemory,
     timeout_s: float,
 ) -> tuple[Outlet | None, str]:
-    """A connection over the first of `names` that has an address and answers within `timeout_s`,
+    """A connection over the first of `names` that answers within `timeout_s`, None if none does,
     and why those before it were not taken."""
     failures: list[str] = []
     for name in names:
-        if name not in addresses:
-            continue
         try:
             async with asyncio.timeout(timeout_s):
                 return await _connect(name, addresses[name], context, memory), "; ".join(failures)

@@ -4,6 +4,7 @@ The sender's frames are copied by zmq when they are sent, so that the pool may b
 the receiver copies from zmq's memory into its slots.
 """
 
+import asyncio
 from collections.abc import Sequence
 
 import zmq
@@ -85,8 +86,8 @@ class ZmqPayload:
 
 
 class ZmqStream:
-    """`Stream` over a ROUTER socket that all senders share: there is no listener. Senders prove
-    themselves by the ticket's secret."""
+    """`Stream` over the ROUTER socket that all senders share; they prove themselves by the
+    ticket's secret."""
 
     transport = "zmq"
 
@@ -112,3 +113,22 @@ class ZmqStream:
 
     def close(self) -> None:
         self._socket.close(linger=0)
+
+
+class ZmqListener:
+    """`Listener` whose one stream has the data of all senders."""
+
+    def __init__(self, context: zmq.asyncio.Context, host: str, memory: BlockMemory) -> None:
+        """Raises zmq.ZMQError if no port of `host` can be bound."""
+        self._stream = ZmqStream(context, host, memory)
+        self._is_taken = False
+        self.address = self._stream.address
+
+    async def accept(self) -> ZmqStream:
+        if self._is_taken:
+            await asyncio.Event().wait()  # for ever
+        self._is_taken = True
+        return self._stream
+
+    def close(self) -> None:
+        self._stream.close()

@@ -26,7 +26,7 @@ TO_SENDER: list[p.ToSender] = [
     p.Nack(1, "gone"),
     p.Landed(1, (0, 2)),
     p.Ack(1),
-    p.Renew(1, (2, 3)),
+    p.Renew(1, (2, 3), 4),
 ]
 HEADER = p.DataHeader(1, bytes(16), 2, 1, (p.DataBlock(0, 5, 6, 16, (1 << 64) - 1),))
 

@@ -14,6 +14,7 @@ from tests.kvtransfer.pool import BLOCK_SIZE, BytePool, identity
 
 PEER = Peer("d", 2, "address")
 BLOCK_BYTES = 1 << 20
+WINDOW = 8 * BLOCK_BYTES
 TIMERS = Timers.of(TimerConfig())
 
 
@@ -34,8 +35,7 @@ def begin(sender: Sender, key: Key, num_blocks: int) -> int:
     sender.command(Open(key, PEER, num_blocks * BLOCK_SIZE), 0.0)
     if not sender.links[PEER].up:
         sender.connected(PEER, 0.0)
-        window = 8 * BLOCK_BYTES
-        sender.message(PEER, p.Welcome(id="d", epoch=2, window=window, data={}), 0.0)
+        sender.message(PEER, p.Welcome(id="d", epoch=2, window=WINDOW, data={}), 0.0)
     message = sent(sender)[-1]
     assert isinstance(message, p.Begin) and message.key == key and message.round == 0
     return message.transfer
@@ -131,9 +131,9 @@ def test_what_a_renewal_does_not_name_has_ended() -> None:
     sender.message(PEER, ticket(transfer, range(1), renewal=3), 0.0)
     sender.message(PEER, ticket(other, range(1), renewal=3), 0.0)
     sender.events.clear()
-    sender.message(PEER, p.Renew(3, ()), 0.0)  # sent before the tickets, read after them
+    sender.message(PEER, p.Renew(3, (), WINDOW), 0.0)  # sent before the tickets, read after them
     assert not sender.events
-    sender.message(PEER, p.Renew(4, (other,)), 0.0)
+    sender.message(PEER, p.Renew(4, (other,), WINDOW), 0.0)
     assert [event.key for event in sender.events if isinstance(event, Broken)] == [Key(1, 1)]
     assert sent(sender) == [p.AbortTransfer(transfer, "lease")]
 
@@ -145,7 +145,7 @@ def test_leases_last_as_long_as_they_are_renewed() -> None:
     sender.events.clear()
     for second in range(1, 20):
         sender.tick(float(second))
-        sender.message(PEER, p.Renew(second, (transfer,)), float(second))
+        sender.message(PEER, p.Renew(second, (transfer,), WINDOW), float(second))
     sender.tick(19.0 + TIMERS.lease_s)
     assert not sender.events
     sender.tick(19.1 + TIMERS.lease_s)
@@ -159,7 +159,7 @@ def test_the_receiver_of_a_forgotten_transfer_is_told() -> None:
     told = p.AbortTransfer(transfer, "finished")
     assert sent(sender) == [told]
     sender.message(PEER, ticket(transfer, range(1)), 0.1)  # the abort was lost
-    sender.message(PEER, p.Renew(1, (transfer, 12345)), 0.2)
+    sender.message(PEER, p.Renew(1, (transfer, 12345), WINDOW), 0.2)
     assert sorted(map(repr, sent(sender))) == sorted(
         map(repr, [told, told, p.AbortTransfer(12345, "gone")])
     )
@@ -178,7 +178,7 @@ def test_slow_is_no_stall() -> None:
     now = 0.0
     for i in range(8):
         now += 4.0
-        sender.message(PEER, p.Renew(i + 1, tuple(ids)), now)
+        sender.message(PEER, p.Renew(i + 1, tuple(ids), WINDOW), now)
         sender.tick(now)
         sender.message(PEER, p.Landed(ids[i % 2], (i // 2,)), now)
     assert not sender.events
