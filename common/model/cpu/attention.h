@@ -101,13 +101,13 @@ class Attention {
                                 std::min(LANES, key_words_ - word),
                                 packed_keys_.data() + word * TILE + (j - first), TILE);
             }
-            in_blocks<MAX_ROWS>(rows, [&]<int ROWS>(int row) {
-                Lanes sums[ROWS][2];
-                multiply<T, ROWS, 2, 0>(from + size_t(row) * key_words_, key_words_,
-                                        packed_keys_.data(), TILE, key_words_, sums);
-                for (int r = 0; r < ROWS; ++r)
-                    for (int v = 0; v < 2; ++v)
-                        store(scores_.data() + (row + r) * STRIDE + first + v * LANES, sums[r][v]);
+            in_blocks(rows, [&](int row, int number) {
+                multiply<T, 0>(number, from + size_t(row) * key_words_, key_words_,
+                               packed_keys_.data(), TILE, key_words_, sums_);
+                for (int r = 0; r < number; ++r)
+                    for (int j = 0; j < TILE; j += LANES)
+                        store(scores_.data() + (row + r) * STRIDE + first + j,
+                              load(sums_ + r * TILE + j));
             });
         }
     }
@@ -158,17 +158,15 @@ class Attention {
             pack_values(one, two, packed_values_.data() + size_t(step) * dims);
         }
         for (int column = 0; column < dims; column += TILE)
-            in_blocks<MAX_ROWS>(rows, [&]<int ROWS>(int row) {
-                Lanes sums[ROWS][2];
-                multiply<T, ROWS, 2, 0>(
-                    reinterpret_cast<const uint32_t*>(weights_.data() + row * STRIDE),
-                    words<T>(STRIDE), packed_values_.data() + column, dims, steps, sums);
-                for (int r = 0; r < ROWS; ++r)
-                    for (int v = 0; v < 2; ++v) {
-                        float* merged =
-                            merged_.data() + size_t(row + r) * dims + column + v * LANES;
-                        store(merged, fma(load(merged), fill(before_[row + r]),
-                                          sums[r][v] * fill(now_[row + r])));
+            in_blocks(rows, [&](int row, int number) {
+                multiply<T, 0>(
+                    number, reinterpret_cast<const uint32_t*>(weights_.data() + row * STRIDE),
+                    words<T>(STRIDE), packed_values_.data() + column, dims, steps, sums_);
+                for (int r = row; r < row + number; ++r)
+                    for (int j = 0; j < TILE; j += LANES) {
+                        float* merged = merged_.data() + size_t(r) * dims + column + j;
+                        const Lanes sums = load(sums_ + (r - row) * TILE + j);
+                        store(merged, fma(load(merged), fill(before_[r]), sums * fill(now_[r])));
                     }
             });
     }
@@ -185,6 +183,7 @@ class Attention {
 
     const Shape s_;
     const int rows_, key_words_;
+    alignas(64) float sums_[SUMS];
     Buffer<float> scores_;
     Buffer<T> weights_;
     Buffer<float> merged_, highest_, total_, before_, now_;

@@ -5,8 +5,7 @@ interpreter lock while they run.
 """
 
 import ctypes
-from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_void_p
-from functools import cache
+from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Final
 
@@ -81,14 +80,34 @@ class BatchStruct(Structure):
     )
 
 
-@cache
+SIGNATURES: Final = {
+    "tandem_create": (c_void_p, (POINTER(ModelStruct),)),
+    "tandem_destroy": (None, (c_void_p,)),
+    "tandem_step": (c_int, (c_void_p, POINTER(BatchStruct))),
+    "tandem_linear_create": (c_void_p, (c_int32, c_int32, c_void_p, c_int32, c_int32)),
+    "tandem_linear_destroy": (None, (c_void_p,)),
+    "tandem_linear_apply": (None, (c_void_p, c_void_p, c_int32, c_int32, c_void_p)),
+    "tandem_attention_create": (c_void_p, (POINTER(ModelStruct),)),
+    "tandem_attention_destroy": (None, (c_void_p,)),
+    "tandem_attention_apply": (
+        None,
+        (c_void_p, *(c_int32,) * 5, c_void_p, c_void_p, c_void_p),
+    ),
+    "tandem_read": (c_float, (c_void_p, c_int64, c_int32)),
+    "tandem_rms_norm": (
+        None,
+        (c_int32, c_void_p, c_void_p, c_int32, c_int32, c_float, c_void_p),
+    ),
+    "tandem_rotate": (None, (c_int32, c_void_p, c_void_p, c_void_p, c_int32, c_void_p)),
+    "tandem_swiglu": (None, (c_int32, c_void_p, c_void_p, c_int32, c_void_p)),
+}
+
+
 def load(directory: Path | None = None, target: str = NATIVE) -> ctypes.CDLL:
     """The kernels, compiled if need be, with their signatures. Raises BuildError."""
     library = ctypes.CDLL(str(build(directory, target)))
-    library.tandem_create.argtypes = (POINTER(ModelStruct),)
-    library.tandem_create.restype = c_void_p
-    library.tandem_destroy.argtypes = (c_void_p,)
-    library.tandem_destroy.restype = None
-    library.tandem_step.argtypes = (c_void_p, POINTER(BatchStruct))
-    library.tandem_step.restype = c_int
+    for name, (result, arguments) in SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype = result
+        function.argtypes = arguments
     return library

@@ -11,6 +11,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <utility>
 
 #include "lanes.h"
@@ -26,48 +27,54 @@ constexpr size_t words(size_t count) {
     return (count * sizeof(T) + 3) / 4;
 }
 
-// Sums of ROWS x VECTORS * 16 over `steps` words: a[row * a_stride + step], b[step * b_stride + i].
-// AHEAD: words of b that are fetched in advance (0: none), for operands that come from memory.
-template <class T, int ROWS, int VECTORS, int AHEAD>
-inline __attribute__((always_inline)) void multiply(const uint32_t* a, size_t a_stride,
-                                                    const uint32_t* b, size_t b_stride, int steps,
-                                                    Lanes (&sums)[ROWS][VECTORS]) {
-    for (int r = 0; r < ROWS; ++r)
-        for (int v = 0; v < VECTORS; ++v) sums[r][v] = fill(0.0f);
+constexpr int SUMS = MAX_ROWS * TILE;
+
+// sums[row][column] of ROWS x 32 over `steps` words: a[row * a_stride + step] times
+// b[step * b_stride + column]. AHEAD: words of b that are fetched in advance, where it comes from
+// memory; 0: none.
+template <class T, int ROWS, int AHEAD>
+__attribute__((noinline)) void multiply_block(const uint32_t* a, size_t a_stride, const uint32_t* b,
+                                              size_t b_stride, int steps, float* to) {
+    Lanes sums[ROWS][2];
+    for (int r = 0; r < ROWS; ++r) sums[r][0] = sums[r][1] = fill(0.0f);
     for (int step = 0; step < steps; ++step) {
-        Words columns[VECTORS];
-#pragma GCC unroll 16
-        for (int v = 0; v < VECTORS; ++v) {
-            columns[v] = load_words(b + v * LANES);
-            if constexpr (AHEAD > 0) __builtin_prefetch(b + v * LANES + AHEAD, 0, 3);
+        const Words low = load_words(b), high = load_words(b + LANES);
+        if constexpr (AHEAD > 0) {
+            __builtin_prefetch(b + AHEAD);
+            __builtin_prefetch(b + AHEAD + LANES);
         }
 #pragma GCC unroll 16
         for (int r = 0; r < ROWS; ++r) {
             const Words row = fill_words(a[r * a_stride + step]);
-#pragma GCC unroll 16
-            for (int v = 0; v < VECTORS; ++v) sums[r][v] = dot<T>(sums[r][v], row, columns[v]);
+            sums[r][0] = dot<T>(sums[r][0], row, low);
+            sums[r][1] = dot<T>(sums[r][1], row, high);
         }
         b += b_stride;
     }
-}
-
-// Calls f.operator()<N>() for the N of 1..MOST that equals `n`.
-template <int MOST, class F>
-inline void with_constant(int n, F&& f) {
-    if constexpr (MOST > 1) {
-        if (n < MOST) return with_constant<MOST - 1>(n, std::forward<F>(f));
+    for (int r = 0; r < ROWS; ++r) {
+        store(to + r * TILE, sums[r][0]);
+        store(to + r * TILE + LANES, sums[r][1]);
     }
-    f.template operator()<MOST>();
 }
 
-// Calls f(first, constant count) over `rows` in blocks of at most MOST, of nearly equal size.
-template <int MOST, class F>
+// The same for 1..MAX_ROWS rows.
+template <class T, int AHEAD>
+inline void multiply(int rows, const uint32_t* a, size_t a_stride, const uint32_t* b,
+                     size_t b_stride, int steps, float* to) {
+    using Block = void (*)(const uint32_t*, size_t, const uint32_t*, size_t, int, float*);
+    static constexpr auto blocks = []<int... I>(std::integer_sequence<int, I...>) {
+        return std::array<Block, MAX_ROWS>{multiply_block<T, I + 1, AHEAD>...};
+    }(std::make_integer_sequence<int, MAX_ROWS>());
+    blocks[rows - 1](a, a_stride, b, b_stride, steps, to);
+}
+
+// Calls f(first, count) over `rows` in blocks of at most MAX_ROWS, of nearly equal size.
+template <class F>
 inline void in_blocks(int rows, F&& f) {
-    const int blocks = (rows + MOST - 1) / MOST;
+    const int blocks = (rows + MAX_ROWS - 1) / MAX_ROWS;
     for (int i = 0; i < blocks; ++i) {
         const int first = int(int64_t(rows) * i / blocks);
-        with_constant<MOST>(int(int64_t(rows) * (i + 1) / blocks) - first,
-                            [&]<int ROWS>() { f.template operator()<ROWS>(first); });
+        f(first, int(int64_t(rows) * (i + 1) / blocks) - first);
     }
 }
 
@@ -116,14 +123,15 @@ class PackedMatrix {
     template <class Finish>
     void apply(const T* a, size_t a_stride, int rows, Part part, Finish&& finish) const {
         const auto* words_of_a = reinterpret_cast<const uint32_t*>(a);
+        alignas(64) float sums[SUMS];
         for (int tile = part.first; tile < part.last; ++tile) {
             const uint32_t* b = packed_.data() + size_t(tile) * steps_ * TILE;
-            in_blocks<MAX_ROWS>(rows, [&]<int ROWS>(int first) {
-                Lanes sums[ROWS][2];
-                multiply<T, ROWS, 2, AHEAD>(words_of_a + first * a_stride, a_stride, b, TILE,
-                                            steps_, sums);
-                for (int r = 0; r < ROWS; ++r)
-                    finish(first + r, tile * TILE, sums[r][0], sums[r][1]);
+            in_blocks(rows, [&](int first, int count) {
+                multiply<T, AHEAD>(count, words_of_a + first * a_stride, a_stride, b, TILE, steps_,
+                                   sums);
+                for (int r = 0; r < count; ++r)
+                    finish(first + r, tile * TILE, load(sums + r * TILE),
+                           load(sums + r * TILE + LANES));
             });
         }
     }

@@ -6,8 +6,8 @@
 // thread may be off its core for milliseconds, and then only the piece that it holds is waited for.
 //
 // A waiting thread looks for a fifth of a millisecond, which is longer than the threads of a phase
-// differ, and then sleeps in the kernel. Sleeping is the worst that it can do beside batch jobs: the
-// scheduler lets those finish their slice of milliseconds before it wakes up again.
+// differ, and then sleeps in the kernel. Sleeping is the worst that it can do beside batch jobs:
+// the scheduler lets those finish their slice of milliseconds before it wakes up again.
 #pragma once
 
 #include <algorithm>
