@@ -55,8 +55,13 @@ class TimerConfig:
         10.0, "a worker cancels the requests of a router that is silent for this long"
     )
 
+    hang_s: float = flag(
+        30.0, "a worker that has work and makes no step for this long, and for 3 times its longest "
+        "recent step, gets no requests until it goes on"
+    )  # fmt: skip
+
     def __post_init__(self) -> None:
-        for name in ("heartbeat_s", "lease_s", "stall_s", "drain_s", "registry_ttl_s"):
+        for name in ("heartbeat_s", "lease_s", "stall_s", "drain_s", "registry_ttl_s", "hang_s"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"--{name.replace('_', '-')} must be above 0")
         if self.dead_after < 1:

@@ -24,7 +24,7 @@ def workers(service: Service) -> dict[str, Any]:
                 "pid": member.info.pid,
                 "url": member.info.metrics_url,
                 "epoch": member.info.epoch,
-                "state": "draining" if member.draining else "ready",
+                "state": member.state,
                 "model": member.info.model,
                 "num_blocks": member.info.num_blocks,
                 "block_size": member.info.layout.block_size,

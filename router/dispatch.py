@@ -13,7 +13,6 @@ import dataclasses
 import logging
 import random
 import time
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -28,11 +27,10 @@ from router.fleet import Fleet
 from router.metrics import RouterMetrics
 from router.placement import View, place
 from router.request import Attempt, Delta, Request
+from router.waiting import Entry, WaitingQueue
 
 log = logging.getLogger(__name__)
 
-MAX_WAITING: Final = 1_024
-"""Attempts that wait for a worker; more are refused."""
 _NO_FAILURE: Final = ("draining", "no_blocks")
 """Causes that do not count against `max_resumes`."""
 
@@ -46,13 +44,6 @@ class Patience:
     """A new request waits this long for a worker that can take it."""
     resume_s: float = 20.0
     """A request with tokens waits this long: a worker that died may be restarted."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Waiting:
-    request: Request
-    choices: tuple[int, ...]
-    timer: asyncio.TimerHandle
 
 
 class Dispatcher:
@@ -71,7 +62,7 @@ class Dispatcher:
         self._patience = patience
         self._rng = random.Random()
         self._requests: dict[int, Request] = {}
-        self._waiting: deque[_Waiting] = deque()
+        self._waiting = WaitingQueue(metrics)
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -102,14 +93,26 @@ class Dispatcher:
             self._fail(request, error)
 
     def lost(self, worker: str, cause: str) -> None:
-        """A worker is gone; it is no member of the fleet any more."""
+        """A worker is gone or hangs: no new work is placed there."""
         for request in list(self._requests.values()):
             for attempt in list(request.attempts.values()):
-                if attempt.needs(worker):
-                    self.replace(request, attempt, cause)
+                # Replacing one attempt may have ended the request, and so the others.
+                if attempt.number in request.attempts and attempt.needs(worker):
+                    self.replace(request, attempt, cause, (worker,))
+
+    def _settle(self, request: Request, choices: tuple[int, ...]) -> bool:
+        """Start an attempt for `choices`, or fail the request if it cannot be sent at all; False
+        if no worker can take it now."""
+        assert not request.over
+        try:
+            return self._place(request, choices)
+        except Exception:
+            # Whatever one request trips over must not end the others.
+            log.exception("request %s cannot be placed", request.label)
+            self._fail(request, internal(request.label))
+            return True
 
     def _place(self, request: Request, choices: tuple[int, ...]) -> bool:
-        """Start an attempt for `choices`; False if no worker can take it now."""
         first = request.choices[choices[0]]
         outputs = first.tokens
         assert len(choices) == 1 or not outputs
@@ -120,6 +123,8 @@ class Dispatcher:
             remaining=request.remaining(first),
             hits=self._hits(request),
             avoid=frozenset(request.avoid | request.refused),
+            avoid_pairs=frozenset(request.avoid_pairs),
+            content_id=request.content_id,
         )
         snapshot = self._fleet.snapshot()
         placement = place(view, snapshot, self._rng)
@@ -140,6 +145,8 @@ class Dispatcher:
         )
         request.next_attempt += 1
         request.attempts[attempt.number] = attempt
+        for worker in attempt.workers():
+            request.content_id = self._fleet[worker].info.content_id
         self._fleet.reserve(attempt)
         self._send(request, attempt, outputs)
         return True
@@ -189,7 +196,11 @@ class Dispatcher:
 
     def _hits(self, request: Request) -> dict[str, int]:
         """Worker id -> tokens of the prompt that its cache holds."""
-        kinds = {(m.info.content_id, m.info.layout.block_size) for m in self._fleet}
+        kinds = {
+            (member.info.content_id, member.info.layout.block_size)
+            for member in self._fleet
+            if request.content_id in (None, member.info.content_id)
+        }
         hits: dict[str, int] = {}
         for content_id, block_size in kinds:
             hashes = request.hashes(content_id, block_size)
@@ -199,34 +210,32 @@ class Dispatcher:
 
     def _start(self, request: Request, choices: tuple[int, ...]) -> None:
         """Place `choices`, or queue them until a worker comes; first come, first served."""
-        if self._place(request, choices):
+        if self._settle(request, choices):
             return
         if self._cannot_fit(request):
             self._fail(request, RequestError(400, "The prompt does not fit into any worker."))
-        elif len(self._waiting) >= MAX_WAITING:
+        elif self._waiting.full:
             self._fail(request, unavailable("Too many requests wait for a worker."))
         else:
             patience_s = self._patience.resume_s if request.num_outputs else self._patience.grace_s
             loop = asyncio.get_running_loop()
             timer = loop.call_later(patience_s, self._give_up, request)
-            self._waiting.append(_Waiting(request, choices, timer))
-            self._metrics.waiting.set(len(self._waiting))
+            self._waiting.add(Entry(request, choices, timer))
 
     def _cannot_fit(self, request: Request) -> bool:
         """Every decode worker that is there has refused the request for good."""
-        decodes = [member.info.id for member in self._fleet if member.info.role == "decode"]
+        decodes = [
+            member.info.id
+            for member in self._fleet
+            if member.info.role == "decode" and request.content_id in (None, member.info.content_id)
+        ]
         return bool(decodes) and request.refused.issuperset(decodes)
 
     def retry_waiting(self) -> None:
         """Try all that wait; what still finds no worker keeps its place."""
-        for entry in list(self._waiting):
-            if self._place(entry.request, entry.choices):
-                self._forget_waiting(entry)
-
-    def _forget_waiting(self, entry: _Waiting) -> None:
-        entry.timer.cancel()
-        self._waiting.remove(entry)
-        self._metrics.waiting.set(len(self._waiting))
+        for entry in self._waiting:
+            if self._settle(entry.request, entry.choices) and not entry.request.over:
+                self._waiting.remove(entry)
 
     def _give_up(self, request: Request) -> None:
         self._fail(request, unavailable("No worker is ready to serve the request."))
@@ -250,7 +259,7 @@ class Dispatcher:
             delta = request.take(output)
         except ValueError as error:
             log.warning("request %s, worker %s: %s", request.label, worker, error)
-            self.replace(request, attempt, "gap")
+            self.replace(request, attempt, "gap", (worker,))
             return
         except Exception:
             # Whatever one request trips over must not end the others.
@@ -262,8 +271,9 @@ class Dispatcher:
         self._observe(request, delta, previous)
         request.events.put_nowait(delta)
         if delta.finish:
-            attempt.cut = attempt.cut or not output.finish
-            self._finish_choice(worker, request, attempt)
+            # A stop string is the router's own: the worker knows of no end.
+            teller = worker if output.finish else None
+            self._finish_choice(request, attempt, output.choice, teller)
 
     def _observe(self, request: Request, delta: Delta, previous: float | None) -> None:
         assert request.last_token is not None
@@ -274,15 +284,22 @@ class Dispatcher:
         else:
             self._metrics.itl.observe(request.last_token - previous)
 
-    def _finish_choice(self, worker: str, request: Request, attempt: Attempt) -> None:
-        """A choice ended; if it was the last of its attempt, the attempt ends as well."""
+    def _finish_choice(
+        self, request: Request, attempt: Attempt, choice: int, teller: str | None
+    ) -> None:
+        """A choice ended; if it was the last of its attempt, the attempt ends as well.
+
+        `teller`: the worker that ended it; None if the router did.
+        """
         if request.unfinished(attempt.choices):
+            if teller is None and attempt.decode is not None:
+                self._link.send(attempt.decode, Cancel(request.id, attempt.number, (choice,)))
             return
         del request.attempts[attempt.number]
         self._fleet.release(attempt)
         for other in attempt.workers():
-            # The sender knows of the end, unless it was ours; the prefill worker is done.
-            if attempt.cut or (other != worker and not attempt.handed_over):
+            # The teller knows of the end; a prefill worker is done after the handover.
+            if teller is None or (other != teller and not attempt.handed_over):
                 self._link.send(other, Cancel(request.id, attempt.number))
         if all(choice.finish for choice in request.choices):
             self._end(request, "finished")
@@ -301,6 +318,7 @@ class Dispatcher:
             message.reason,
             message.detail,
         )
+        suspects = attempt.suspects(worker, message.reason)
         match message.reason:
             case "invalid":
                 self._fail(request, internal(request.label))
@@ -309,34 +327,42 @@ class Dispatcher:
                 request.refused.add(worker)
             case "draining":
                 self._fleet[worker].draining = True
-            case "transfer" | "peer":
-                # The way between the two failed: take another prefill worker, or none.
-                request.avoid.add(attempt.prefill or worker)
+            case "transfer" if attempt.pair is not None:
+                request.avoid_pairs.add(attempt.pair)
+            case "peer" if attempt.pair is not None:
+                # Whatever the suspect does with others: not this way again.
+                request.avoid_pairs.add(attempt.pair)
+                request.avoid.update(suspects)
             case _:
                 request.avoid.add(worker)
-        self.replace(request, attempt, message.reason)
+        self.replace(request, attempt, message.reason, suspects)
 
-    def replace(self, request: Request, attempt: Attempt, cause: str) -> None:
+    def replace(
+        self, request: Request, attempt: Attempt, cause: str, suspects: Sequence[str]
+    ) -> None:
         """The one way to go on after a loss: end the attempt, place its choices anew.
 
         The attempt is over before anything else happens, so that nothing it still sends is
-        taken. Tokens that were emitted are part of the new prompt.
+        taken. Tokens that were emitted are part of the new prompt. `suspects`: the workers whose
+        failure it was.
         """
         del request.attempts[attempt.number]
         self._fleet.release(attempt)
         for worker in attempt.workers():
             self._link.send(worker, Cancel(request.id, attempt.number))
         self._metrics.resumes.labels(cause).inc()
-        request.failures += cause not in _NO_FAILURE
+        if cause not in _NO_FAILURE:
+            request.blame(attempt, suspects)
         if request.failures > self._patience.max_resumes:
             self._fail(request, unavailable(f"Workers failed {request.failures} times: {cause}."))
             return
         unfinished = request.unfinished(attempt.choices)
-        if any(choice.tokens for choice in unfinished):
-            for choice in unfinished:
-                self._start(request, (choice.number,))
-        else:
-            self._start(request, tuple(choice.number for choice in unfinished))
+        numbers = tuple(choice.number for choice in unfinished)
+        # What was emitted differs: each choice goes on as a sequence of its own.
+        apart = any(choice.tokens for choice in unfinished)
+        for choices in [(number,) for number in numbers] if apart else [numbers]:
+            if not request.over:
+                self._start(request, choices)
 
     def _fail(self, request: Request, error: RequestError) -> None:
         if not request.over:
@@ -353,8 +379,7 @@ class Dispatcher:
             for worker in attempt.workers():
                 self._link.send(worker, Cancel(request.id, attempt.number))
         request.attempts.clear()
-        for entry in [entry for entry in self._waiting if entry.request is request]:
-            self._forget_waiting(entry)
+        self._waiting.forget(request)
         del self._requests[request.id]
         self._metrics.requests.labels(outcome).inc()
         self._metrics.e2e.observe(time.monotonic() - request.started)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from common.messages import Load, Peer, WorkerInfo
 from router.placement import Candidate
+from router.progress import Progress
 from router.request import Attempt
 
 log = logging.getLogger(__name__)
@@ -50,13 +51,21 @@ class Gauge:
 class Member:
     """One live worker."""
 
-    def __init__(self, info: WorkerInfo) -> None:
+    def __init__(self, info: WorkerInfo, hang_s: float) -> None:
         self.info = info
+        self.progress = Progress(hang_s)
         self.draining = info.state != "ready"
         self.load = Load(free_blocks=info.num_blocks)
         self.prefill_tokens = Gauge()
         self.kv_tokens = Gauge()
         self.num_seqs = Gauge()
+
+    @property
+    def state(self) -> str:
+        """`ready`, `draining` or `hung`; only a ready worker gets new work."""
+        if self.draining:
+            return "draining"
+        return "hung" if self.progress.hung else "ready"
 
     @property
     def peer(self) -> Peer:
@@ -84,7 +93,7 @@ class Member:
             prefill_tokens=self.prefill_tokens.value,
             kv_tokens=self.kv_tokens.value,
             num_seqs=self.num_seqs.value,
-            draining=self.draining,
+            ready=self.state == "ready",
         )
 
 
@@ -98,10 +107,11 @@ class Limits:
 
 
 class Fleet:
-    def __init__(self, max_model_len: int = 0) -> None:
-        """`max_model_len` above 0 bounds what the workers allow."""
+    def __init__(self, max_model_len: int = 0, hang_s: float = 30.0) -> None:
+        """`max_model_len` above 0 bounds what the workers allow. `hang_s`: see `Progress`."""
         self._members: dict[str, Member] = {}
         self._max_model_len = max_model_len
+        self._hang_s = hang_s
         self.limits: Limits | None = None
         """None until a decode worker was there; then the last ones known."""
 
@@ -118,7 +128,7 @@ class Fleet:
         return None if worker_id is None else self._members.get(worker_id)
 
     def up(self, info: WorkerInfo) -> None:
-        self._members[info.id] = Member(info)
+        self._members[info.id] = Member(info, self._hang_s)
         self._update_limits()
 
     def down(self, worker_id: str) -> None:
@@ -127,12 +137,12 @@ class Fleet:
 
     def why_not(self) -> str | None:
         """None if a request can be served, else why not."""
-        decodes = [member for member in self if member.info.role == "decode"]
-        if not decodes:
+        states = {member.state for member in self if member.info.role == "decode"}
+        if not states:
             return "no decode worker is connected"
-        if all(member.draining for member in decodes):
-            return "all decode workers are leaving"
-        return None
+        if "ready" in states:
+            return None
+        return "every decode worker hangs" if "hung" in states else "all decode workers are leaving"
 
     def snapshot(self) -> list[Candidate]:
         return [member.candidate() for member in self]

@@ -24,6 +24,7 @@ from router.app import Parts, create_app
 from router.directory import Directory
 from router.dispatch import Patience
 from router.intake import Intake
+from router.membership import Membership, content_ids
 from router.metrics import RouterMetrics
 from router.server import Server, listen
 from router.service import Service
@@ -67,12 +68,15 @@ async def _serve(
     link = RouterLink(name, config)
     service = Service(
         # The workers' identity: --chat-template is this router's own affair.
-        text_id=text_id(directory, None),
+        membership=Membership(
+            text_id(directory, None), await asyncio.to_thread(content_ids, directory)
+        ),
         directory=Directory(redis_url, config.namespace),
         link=link,
         metrics=metrics,
         patience=Patience(max_resumes=config.max_resumes),
         max_model_len=config.max_model_len,
+        hang_s=config.hang_s,
     )
     parts = Parts(
         service=service,

@@ -35,7 +35,8 @@ class Candidate:
     kv_tokens: int = 0
     """Tokens that its sequences hold or will hold once they arrive."""
     num_seqs: int = 0
-    draining: bool = False
+    ready: bool = True
+    """Takes new work."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +52,10 @@ class View:
     """Worker id -> tokens of the prompt that its cache holds."""
     avoid: frozenset[str] = frozenset()
     """Workers that this attempt must not use."""
+    avoid_pairs: frozenset[tuple[str, str]] = frozenset()
+    """Prefill and decode worker between which this attempt must not ship."""
+    content_id: str | None = None
+    """Only workers of this content, if the request has begun on one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +74,10 @@ def place(view: View, snapshot: Sequence[Candidate], rng: Random) -> Placement |
     usable = [
         worker
         for worker in snapshot
-        if not worker.draining and worker.id not in view.avoid and worker.capacity > view.num_tokens
+        if worker.ready
+        and worker.id not in view.avoid
+        and worker.capacity > view.num_tokens
+        and view.content_id in (None, worker.content_id)
     ]
     prefills = [worker for worker in usable if worker.role == "prefill"]
     decodes = [worker for worker in usable if worker.role == "decode"]
@@ -79,7 +87,7 @@ def place(view: View, snapshot: Sequence[Candidate], rng: Random) -> Placement |
     best: list[tuple[float, float, Placement]] = []
     for decode in decodes:
         decode_cost = _decode_cost(view, decode)
-        partners = [p for p in prefills if _fits(p, decode)]
+        partners = [p for p in prefills if _fits(view, p, decode)]
         hit = view.hits.get(decode.id, 0)
         if not partners or (hit and _uncached(view, decode) <= LOCAL_TOKENS):
             cost = decode_cost + _prefill_cost(view, decode)
@@ -99,9 +107,13 @@ def place(view: View, snapshot: Sequence[Candidate], rng: Random) -> Placement |
     return _cheapest(best, rng)
 
 
-def _fits(prefill: Candidate, decode: Candidate) -> bool:
-    """Blocks of one may be used by the other."""
-    return prefill.content_id == decode.content_id and prefill.layout == decode.layout
+def _fits(view: View, prefill: Candidate, decode: Candidate) -> bool:
+    """Blocks of one may be used by the other, and there is a way between them."""
+    return (
+        prefill.content_id == decode.content_id
+        and prefill.layout == decode.layout
+        and (prefill.id, decode.id) not in view.avoid_pairs
+    )
 
 
 def _uncached(view: View, worker: Candidate) -> int:

@@ -64,14 +64,28 @@ class Attempt:
     """A first output came: the prompt is computed."""
     handed_over: bool = False
     """The decode worker spoke after a prefill worker: the latter is not needed any more."""
-    cut: bool = False
-    """The router ended a choice (stop string) that the worker goes on with."""
 
     def needs(self, worker_id: str) -> bool:
         """The attempt cannot go on without this worker."""
         if worker_id == self.prefill:
             return not self.handed_over
         return worker_id == self.decode
+
+    @property
+    def pair(self) -> tuple[str, str] | None:
+        """Prefill and decode worker, if it has both."""
+        if self.prefill is None or self.decode is None:
+            return None
+        return self.prefill, self.decode
+
+    def suspects(self, worker: str, reason: str) -> tuple[str, ...]:
+        """Whose failure it is that `worker` reports: its own, its peer's, or that of the way
+        between the two."""
+        if self.pair is None or reason not in ("peer", "transfer"):
+            return (worker,)
+        if reason == "transfer":
+            return self.pair
+        return tuple(other for other in self.pair if other != worker)
 
     def workers(self) -> list[str]:
         return [worker for worker in (self.prefill, self.decode) if worker is not None]
@@ -135,6 +149,10 @@ class Request:
     failures: int = 0
     avoid: set[str] = field(default_factory=set)
     """Workers that failed this request; used again only if there is no other."""
+    avoid_pairs: set[tuple[str, str]] = field(default_factory=set)
+    """Prefill and decode worker between which a transfer failed."""
+    content_id: str | None = None
+    """Which content it began on: tokens of one model are never continued by another."""
     refused: set[str] = field(default_factory=set)
     """Workers on which it can never fit."""
     cached_tokens: int = 0
@@ -145,6 +163,8 @@ class Request:
     over: bool = False
     packed: bytes = field(init=False)
     """`prompt` as messages carry it."""
+    _blamed: dict[str, int] = field(init=False, default_factory=dict)
+    """Worker -> `next_attempt` when a failure of it was last counted."""
     _chains: dict[tuple[str, int], list[BlockHash]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -168,6 +188,18 @@ class Request:
             parent = seed(content_id, self.salt)
             self._chains[key] = chain(self.packed, parent, block_size // UNIT)
         return self._chains[key]
+
+    def blame(self, attempt: Attempt, workers: Sequence[str]) -> None:
+        """Count a failure of `workers`, which ended `attempt`.
+
+        Several attempts (choices) may end by the same failure: those that had been placed when it
+        was counted are not counted again.
+        """
+        if any(attempt.number < self._blamed.get(worker, 0) for worker in workers):
+            return
+        self.failures += 1
+        for worker in workers:
+            self._blamed[worker] = self.next_attempt
 
     def take(self, output: Output) -> Delta | None:
         """The new part of an output; None if all of it was known.

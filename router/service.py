@@ -6,6 +6,7 @@ side calls `limits`, `submit`, `cancel` and `ledgers`, and reads each request's 
 
 import asyncio
 import logging
+import time
 
 from common.link import Down, Message, RouterLink, Up
 from common.messages import (
@@ -21,8 +22,9 @@ from common.messages import (
 from router.directory import Directory
 from router.dispatch import Dispatcher, Patience
 from router.errors import unavailable
-from router.fleet import Fleet, Limits
+from router.fleet import Fleet, Limits, Member
 from router.inspection import Inspector
+from router.membership import Membership
 from router.metrics import RouterMetrics
 from router.request import Request
 
@@ -33,25 +35,24 @@ class Service:
     def __init__(
         self,
         *,
-        text_id: str,
+        membership: Membership,
         directory: Directory,
         link: RouterLink,
         metrics: RouterMetrics,
         patience: Patience,
         max_model_len: int = 0,
+        hang_s: float = 30.0,
     ) -> None:
-        self.fleet = Fleet(max_model_len)
+        self.fleet = Fleet(max_model_len, hang_s)
         self.draining = False
         """Set once, on shutdown: nothing new is accepted."""
-        self._text_id = text_id
+        self._membership = membership
         self._directory = directory
         self._link = link
         self._metrics = metrics
         self._grace_s = patience.grace_s
         self._dispatcher = Dispatcher(directory, link, self.fleet, metrics, patience)
         self._inspector = Inspector()
-        self._refused: set[tuple[str, int]] = set()
-        """Workers (id, epoch) with another tokenizer, each logged once."""
         self._came = asyncio.Event()
         """A worker came up."""
 
@@ -103,10 +104,11 @@ class Service:
         return await self._inspector.ask([m.info.id for m in self.fleet], self._link, timeout_s)
 
     async def _follow(self) -> None:
-        """Keep a link to every worker that the registry shows and that speaks our tokens."""
+        """Keep a link to every worker that the registry shows and that serves our model."""
         connected: set[str] = set()
         while True:
-            listed = {w.id: w for w in self._directory.workers.values() if self._speaks(w)}
+            workers = self._directory.workers.values()
+            listed = {info.id: info for info in workers if self._membership.admits(info)}
             for info in listed.values():
                 self._link.connect(info)
             # Redis says who exists, the link who lives: a live worker keeps its link.
@@ -115,15 +117,6 @@ class Service:
                 self._link.disconnect(worker)
             connected = (connected | listed.keys()) - gone
             await self._directory.changed()
-
-    def _speaks(self, info: WorkerInfo) -> bool:
-        """Same tokenizer and template files as ours; anything else would be wrong text."""
-        if info.text_id == self._text_id:
-            return True
-        if (info.id, info.epoch) not in self._refused:
-            self._refused.add((info.id, info.epoch))
-            log.error("worker %s is ignored: its tokenizer files differ from the router's", info.id)
-        return False
 
     async def _receive(self) -> None:
         while True:
@@ -136,7 +129,7 @@ class Service:
                     self._handle(worker, message)
 
     def _up(self, info: WorkerInfo) -> None:
-        if not self._speaks(info):
+        if not self._membership.admits(info):
             self._link.disconnect(info.id)
             return
         log.info("worker %s (%s) is up, epoch %d", info.id, info.role, info.epoch)
@@ -159,6 +152,19 @@ class Service:
         if worker not in self._directory.workers:
             self._link.disconnect(worker)
 
+    def _take_pong(self, member: Member, pong: Pong) -> None:
+        member.report(pong.load)
+        member.draining = member.draining or pong.state != "ready"
+        was_hung = member.progress.hung
+        member.progress.report(pong.steps, pong.busy, time.monotonic())
+        worker = member.info.id
+        if member.progress.hung and not was_hung:
+            log.error("worker %s hangs: it has work and makes no steps", worker)
+            self._dispatcher.lost(worker, "hung")
+        elif was_hung and not member.progress.hung:
+            log.warning("worker %s goes on", worker)
+            self._dispatcher.retry_waiting()
+
     def _count_workers(self) -> None:
         for role in ("prefill", "decode"):
             count = sum(member.info.role == role for member in self.fleet)
@@ -173,9 +179,8 @@ class Service:
                 member.report(load)
                 for output in outputs:
                     self._dispatcher.take(worker, output)
-            case Pong(load=load, state=state):
-                member.report(load)
-                member.draining = member.draining or state != "ready"
+            case Pong():
+                self._take_pong(member, message)
             case Failed():
                 self._dispatcher.failed(worker, message)
             case Inspected():

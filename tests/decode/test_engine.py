@@ -246,7 +246,7 @@ def test_cancel_of_a_choice_that_was_preempted() -> None:
     for _ in range(100):
         while moves := pair.moves():
             moves[0]()
-        if scheduler.waiting:
+        if scheduler.waiting and scheduler.running:
             break
         pair.turn(pair.decode)
     preempted = scheduler.waiting[0].choices[0]

@@ -8,8 +8,10 @@ import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
+import msgspec
 import openai
 import uvicorn
 
@@ -20,6 +22,7 @@ from router.app import Parts, create_app
 from router.directory import Directory
 from router.dispatch import Patience
 from router.intake import Intake
+from router.membership import Membership
 from router.metrics import RouterMetrics
 from router.server import Server, listen
 from router.service import Service
@@ -55,14 +58,14 @@ class Deployment:
         """A metric, 0 if it was never touched."""
         return self.metrics.registry.get_sample_value(f"tandem_router_{name}", labels) or 0.0
 
-    async def add(self, role: str, id: str) -> StubWorker:
+    async def add(self, role: str, id: str, **changes: Any) -> StubWorker:
         """One more worker, connected."""
-        worker = await self.start(role, id)
+        worker = await self.start(role, id, **changes)
         await until(lambda: id in self.service.fleet)
         return worker
 
-    async def start(self, role: str, id: str) -> StubWorker:
-        """One more worker."""
+    async def start(self, role: str, id: str, **changes: Any) -> StubWorker:
+        """One more worker; `changes` to its WorkerInfo."""
         worker = StubWorker(
             id,
             role,
@@ -72,6 +75,7 @@ class Deployment:
             handoffs=self.handoffs,
             timers=TIMERS,
         )
+        worker.info = msgspec.structs.replace(worker.info, **changes)
         (self.prefills if role == "prefill" else self.decodes).append(worker)
         await worker.start()
         return worker
@@ -101,6 +105,8 @@ async def deployment(
     max_model_len: int = 1024,
     num_blocks: int = 4096,
     max_body_bytes: int = 1 << 20,
+    hang_s: float = 30.0,
+    content_ids: frozenset[str] = frozenset(),
 ) -> AsyncIterator[Deployment]:
     namespace = f"test-{next(_namespaces)}"
     identity = text_id(text_files, None)
@@ -108,11 +114,12 @@ async def deployment(
     metrics = RouterMetrics()
     link = RouterLink("router-test", TIMERS)
     service = Service(
-        text_id=identity,
+        membership=Membership(identity, content_ids),
         directory=Directory(redis_url, namespace),
         link=link,
         metrics=metrics,
         patience=patience,
+        hang_s=hang_s,
     )
     parts = Parts(
         service=service,

@@ -161,6 +161,8 @@ class StubWorker:
         self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._registration: Registration | None = None
+        self._busy = False
+        """As of the last turn: an engine that hangs stays busy, whatever is cancelled."""
         self.steps = 0
 
     @property
@@ -223,7 +225,7 @@ class StubWorker:
         while True:
             router, message = await self._link.receive()
             if isinstance(message, Ping):
-                pong = Pong(message.seq, self.info.epoch, self.steps, self.load())
+                pong = Pong(message.seq, self.info.epoch, self.steps, self.load(), self._busy)
                 self._link.send(router, pong)
                 continue
             self.seen.append(message)
@@ -239,6 +241,7 @@ class StubWorker:
                         for sequence in self._running
                         if (sequence.request, sequence.attempt)
                         != (message.request, message.attempt)
+                        or (message.choices and sequence.choice not in message.choices)
                     ]
                 case Inspect() if self.mute:
                     continue
@@ -268,8 +271,10 @@ class StubWorker:
     async def _run(self) -> None:
         while True:
             if not self._running:
+                self._busy = False
                 self._wake.clear()
                 await self._wake.wait()
+            self._busy = any(map(self._is_ready, self._running))
             await self.gate.wait()
             await asyncio.sleep(self.step_s)
             more = self._handoffs.more

@@ -131,3 +131,8 @@ def test_who_can_serve() -> None:
     assert workers.why_not() is None
     workers["d"].draining = True
     assert workers.why_not() == "all decode workers are leaving"
+    workers.up(worker_info("e", role="decode"))
+    assert workers.why_not() is None
+    workers["e"].progress.hung = True
+    assert workers.why_not() == "every decode worker hangs"
+    assert {candidate.id for candidate in workers.snapshot() if candidate.ready} == {"p"}

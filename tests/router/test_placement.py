@@ -67,7 +67,7 @@ def test_a_full_decode_worker_is_passed_over() -> None:
 
 def test_no_prefill_worker_means_local() -> None:
     assert go(view(), worker("d0")) == Placement(None, "d0", 1000)
-    assert go(view(), worker("p0", draining=True), worker("d0")) == Placement(None, "d0", 1000)
+    assert go(view(), worker("p0", ready=False), worker("d0")) == Placement(None, "d0", 1000)
 
 
 def test_local_if_nearly_all_is_cached_on_decode() -> None:
@@ -101,7 +101,7 @@ def test_contents_and_layouts_are_never_mixed() -> None:
 def test_nobody() -> None:
     assert go(view()) is None
     assert go(view(), worker("p0")) is None
-    assert go(view(), worker("p0"), worker("d0", draining=True)) is None
+    assert go(view(), worker("p0"), worker("d0", ready=False)) is None
     assert go(view(avoid=frozenset({"d0"})), worker("p0"), worker("d0")) is None
     assert go(view(10_000), worker("p0"), worker("d0")) is None
 
