@@ -2,33 +2,93 @@
 
 `parse` turns a decoded JSON body into one of them, or into a RequestError (400) that names the
 field. Explicit nulls mean "not given". Called by `router.app`; read by `router.intake`.
+
+A body of some megabytes may hold millions of wrong values, so validation ends at the first one:
+every list and dict has a most length that is looked at first, every list fails fast, and unknown
+keys are looked for before the values are.
 """
 
 from typing import Annotated, Any, Final, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from common.errors import RequestError
+from router.nesting import is_small
 
 MAX_N: Final = 128
 MAX_PROMPTS: Final = 256
+MAX_PROMPT_TOKENS: Final = 2**20
+"""Token ids in one call; the context of the model decides below this."""
 MAX_STOPS: Final = 16
 MAX_STOP_LENGTH: Final = 1_024
 MAX_LOGPROBS: Final = 20
 MAX_LOGIT_BIAS: Final = 1_024
-MAX_MESSAGES: Final = 4_096
+MAX_MESSAGES: Final = 2_048
+MAX_PARTS: Final = 256
+"""Content parts of one message."""
+MAX_ALL_PARTS: Final = 4_096
+"""Content parts and tool calls of one call."""
+MAX_TOOL_CALLS: Final = 128
+MAX_METADATA: Final = 64
+MAX_COUNT: Final = 2**31 - 1
+"""Of counts of tokens; the context of the model decides below this."""
 _INT64: Final = 2**63
+_SHOWN: Final = 64
+"""Characters of a client's name for something that an error repeats."""
 
+
+def _at_most(count: int) -> BeforeValidator:
+    """Refuse a longer list or dict before anything in it is looked at."""
+
+    def check(value: object) -> object:
+        if isinstance(value, list | dict) and len(value) > count:
+            raise PydanticCustomError("too_long", "should have at most {n} items", {"n": count})
+        return value
+
+    return BeforeValidator(check)
+
+
+def _check_free(value: object) -> object:
+    """What is not read beyond a comparison may still not be endless."""
+    if not is_small(value):
+        raise PydanticCustomError("too_long", "should be smaller and less deeply nested")
+    return value
+
+
+_Free = Annotated[Any, BeforeValidator(_check_free)]
 _Token = Annotated[int, Field(ge=0, lt=2**31)]
+_Tokens = Annotated[list[_Token], Field(min_length=1, fail_fast=True), _at_most(MAX_PROMPT_TOKENS)]
 _Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
-_Tokens = Annotated[list[_Token], Field(min_length=1, fail_fast=True)]
+_Stops = Annotated[list[_Stop], Field(fail_fast=True), _at_most(MAX_STOPS)]
+_StopIds = Annotated[list[_Token], Field(fail_fast=True), _at_most(MAX_STOPS)]
 _Bias = Annotated[float, Field(ge=-100, le=100)]
+_Biases = Annotated[dict[str, _Bias], _at_most(MAX_LOGIT_BIAS)]
 
 
 class _Strict(BaseModel):
-    """No conversions ("16" is not 16), no unknown fields."""
+    """No conversions ("16" is not 16), no infinities, no unknown fields."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _knows_keys(cls, data: object) -> object:
+        """pydantic would make an error of each unknown key."""
+        if isinstance(data, dict):
+            for key in data:
+                if key not in cls.model_fields:
+                    raise PydanticCustomError(
+                        "unknown_parameter", "unknown key", {"key": key[:_SHOWN]}
+                    )
+        return data
 
 
 class StreamOptions(_Strict):
@@ -41,24 +101,24 @@ class StreamOptions(_Strict):
 class SamplingBody(_Strict):
     """What completions and chat completions share."""
 
-    model: str | None = None
+    model: Annotated[str, Field(max_length=1_024)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = Field(None, ge=1, le=MAX_N)
-    max_tokens: int | None = Field(None, ge=1)
-    min_tokens: int | None = Field(None, ge=0)
-    stop: _Stop | Annotated[list[_Stop], Field(max_length=MAX_STOPS)] | None = None
+    max_tokens: int | None = Field(None, ge=1, le=MAX_COUNT)
+    min_tokens: int | None = Field(None, ge=0, le=MAX_COUNT)
+    stop: _Stop | _Stops | None = None
     temperature: float | None = Field(None, ge=0, le=100)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1)
+    top_k: int | None = Field(None, ge=-1, le=MAX_COUNT)
     min_p: float | None = Field(None, ge=0, le=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    repetition_penalty: float | None = Field(None, gt=0, le=100)
-    logit_bias: Annotated[dict[str, _Bias], Field(max_length=MAX_LOGIT_BIAS)] | None = None
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
+    logit_bias: _Biases | None = None
     seed: int | None = Field(None, ge=-_INT64, lt=_INT64)
     ignore_eos: bool | None = None
-    stop_token_ids: Annotated[list[_Token], Field(max_length=MAX_STOPS)] | None = None
+    stop_token_ids: _StopIds | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     add_special_tokens: bool | None = None
@@ -67,7 +127,7 @@ class SamplingBody(_Strict):
 
     # Accepted without effect.
     user: str | None = None
-    metadata: dict[str, Any] | None = None
+    metadata: Annotated[dict[str, _Free], _at_most(MAX_METADATA)] | None = None
     store: bool | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
@@ -76,34 +136,34 @@ class SamplingBody(_Strict):
     parallel_tool_calls: bool | None = None
 
     # Known, but only in the values that ask for nothing: see `_NEUTRAL`.
-    allowed_token_ids: Any = None
-    bad_words: Any = None
-    guided_choice: Any = None
-    guided_grammar: Any = None
-    guided_json: Any = None
-    guided_regex: Any = None
-    length_penalty: Any = None
-    priority: Any = None
-    prompt_logprobs: Any = None
-    response_format: Any = None
-    return_tokens_as_token_ids: Any = None
-    spaces_between_special_tokens: Any = None
-    structured_outputs: Any = None
-    truncate_prompt_tokens: Any = None
-    use_beam_search: Any = None
+    allowed_token_ids: _Free = None
+    bad_words: _Free = None
+    guided_choice: _Free = None
+    guided_grammar: _Free = None
+    guided_json: _Free = None
+    guided_regex: _Free = None
+    length_penalty: _Free = None
+    priority: _Free = None
+    prompt_logprobs: _Free = None
+    response_format: _Free = None
+    return_tokens_as_token_ids: _Free = None
+    spaces_between_special_tokens: _Free = None
+    structured_outputs: _Free = None
+    truncate_prompt_tokens: _Free = None
+    use_beam_search: _Free = None
 
 
 class CompletionBody(SamplingBody):
     prompt: (
         str
         | _Tokens
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
-        | Annotated[list[_Tokens], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+        | Annotated[list[str], Field(min_length=1, fail_fast=True), _at_most(MAX_PROMPTS)]
+        | Annotated[list[_Tokens], Field(min_length=1, fail_fast=True), _at_most(MAX_PROMPTS)]
     )
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    best_of: Any = None
-    suffix: Any = None
+    best_of: _Free = None
+    suffix: _Free = None
 
 
 class TextPart(_Strict):
@@ -122,37 +182,65 @@ class ToolCall(_Strict):
     function: ToolFunction
 
 
+_Parts = Annotated[list[TextPart], Field(fail_fast=True), _at_most(MAX_PARTS)]
+_ToolCalls = Annotated[list[ToolCall], Field(fail_fast=True), _at_most(MAX_TOOL_CALLS)]
+
+
 class Message(_Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | _Parts | None = None
     name: str | None = None
     refusal: str | None = None
     reasoning_content: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: _ToolCalls | None = None
     tool_call_id: str | None = None
 
 
+def _check_total(messages: object) -> object:
+    """Each message may have many parts, but not all of them."""
+    if isinstance(messages, list):
+        total = 0
+        for message in messages:
+            if isinstance(message, dict):
+                for name in ("content", "tool_calls"):
+                    value = message.get(name)
+                    total += len(value) if isinstance(value, list) else 0
+        if total > MAX_ALL_PARTS:
+            raise PydanticCustomError(
+                "too_long", "should have at most {n} parts and tool calls", {"n": MAX_ALL_PARTS}
+            )
+    return messages
+
+
+_Messages = Annotated[
+    list[Message],
+    Field(min_length=1, fail_fast=True),
+    BeforeValidator(_check_total),
+    _at_most(MAX_MESSAGES),  # the last one is the first to be asked
+]
+
+
 class ChatBody(SamplingBody):
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
-    max_completion_tokens: int | None = Field(None, ge=1)
+    messages: _Messages
+    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_COUNT)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     add_generation_prompt: bool | None = None
-    audio: Any = None
-    chat_template: Any = None
-    chat_template_kwargs: Any = None
-    continue_final_message: Any = None
-    documents: Any = None
-    echo: Any = None
-    function_call: Any = None
-    functions: Any = None
-    modalities: Any = None
-    prediction: Any = None
-    reasoning_effort: Any = None
-    tool_choice: Any = None
-    tools: Any = None
-    verbosity: Any = None
-    web_search_options: Any = None
+    audio: _Free = None
+    chat_template: _Free = None
+    chat_template_kwargs: _Free = None
+    continue_final_message: _Free = None
+    documents: _Free = None
+    echo: _Free = None
+    function_call: _Free = None
+    functions: _Free = None
+    modalities: _Free = None
+    prediction: _Free = None
+    reasoning_effort: _Free = None
+    tool_choice: _Free = None
+    tools: _Free = None
+    verbosity: _Free = None
+    web_search_options: _Free = None
 
 
 _NEUTRAL: Final[dict[str, tuple[object, ...]]] = {
@@ -223,16 +311,20 @@ def parse(kind: type[_Body], data: object) -> _Body:
 
 def _explain(error: ValidationError) -> RequestError:
     """The first problem, in OpenAI's words."""
-    problems = error.errors(include_url=False, include_context=False, include_input=False)
-    first = problems[0]
+    problems = error.errors(include_url=False, include_input=False)
+    # In a union the members before complain of the type.
+    first = next((p for p in problems if p["type"] == "unknown_parameter"), problems[0])
     name = str(first["loc"][0]) if first["loc"] else None
-    path = ".".join(str(part) for part in first["loc"])
     match first["type"]:
-        case "extra_forbidden":
+        case "unknown_parameter":
+            # Of a key in a member of a union the location also names the member.
+            parts = [*(part for part in first["loc"] if "[" not in str(part)), first["ctx"]["key"]]
+            path = ".".join(map(str, parts))
             return RequestError(
                 400, f"Unknown parameter: '{path}'.", param=path, code="unknown_parameter"
             )
         case "missing":
+            path = ".".join(map(str, first["loc"]))
             return RequestError(
                 400,
                 f"Missing required parameter: '{path}'.",
