@@ -1,10 +1,12 @@
 """How every process talks to Redis: a client that gives up soon and hides no outage.
 
 Used by `common.registry` and `router.directory`, whose loops reconnect themselves, because they
-have to do something about it that Redis was away.
+have to do something about it that Redis was away; `deploy.redis_server` shows URLs with it.
 """
 
 import asyncio
+import re
+import urllib.parse
 from typing import Final
 
 from redis.asyncio import Redis
@@ -20,6 +22,37 @@ FIRST_RETRY_S: Final = 0.05
 LAST_RETRY_S: Final = 1.0
 
 
+_USER_INFO: Final = re.compile(r"(?<=://)(?P<user>[^:@/?#]*):.*@", re.DOTALL)
+"""Up to the last @: a password with a slash in it makes a bad URL, and is still a password."""
+_NO_PORT: Final = re.compile(r"(?<=://)(?P<user>[^:@/?#\[]*):(?!\d*(?:[/?#]|$))[^@/?#]*(?![^/?#]*@)")
+"""What stands for a port and is none may be a password whose host was forgotten."""
+_NO_PORT: Final = re.compile(
+    r"(?<=://)(?P<user>[^:@/?#\[]*):(?!\d*(?:[/?#]|$))[^@/?#]*(?![^/?#]*@)"
+)
+"""What stands for a port and is none may be a password whose host was forgotten."""
+
+
+def without_password(url: str) -> str:
+    """`url` as it may be shown: neither the password before the host nor one in the query."""
+    shown = _NO_PORT.sub(r"\g<user>:***", _USER_INFO.sub(r"\g<user>:***@", url))
+    head, mark, query = shown.partition("?")
+    parts = []
+    for part in query.split("&"):
+        name, equals, value = part.partition("=")
+        if urllib.parse.unquote_plus(name).strip().lower() == "password":
+            value = "***"
+        parts.append(name + equals + value)
+    return head + mark + "&".join(parts)
+
+
+def bad_url(url: str) -> str:
+    """What is wrong with a URL that the client refuses; never in its words, which repeat parts of
+    the URL."""
+    if not url.startswith(("redis://", "rediss://", "unix://")):
+        return "it must begin with redis://, rediss:// or unix://"
+    return "its port or one of its options is wrong"
+
+
 def open_redis(url: str) -> Redis:
     """A client that connects when it is first used. Raises ConfigError for a bad URL."""
     try:
@@ -30,8 +63,8 @@ def open_redis(url: str) -> Redis:
             retry=Retry(NoBackoff(), 0),
             protocol=2,
         )
-    except ValueError as error:
-        raise ConfigError(f"bad Redis URL {url!r}: {error}") from error
+    except ValueError:
+        raise ConfigError(f"bad Redis URL {without_password(url)}: {bad_url(url)}") from None
 
 
 async def check_redis(url: str) -> None:
@@ -40,7 +73,10 @@ async def check_redis(url: str) -> None:
     try:
         await client.echo("tandem")
     except (RedisError, OSError) as error:
-        raise ConfigError(f"Redis at {url} does not answer: {error}") from error
+        shown = without_password(url)
+        raise ConfigError(f"Redis at {shown} does not answer: {error}") from error
+    except TypeError:  # an option that no connection has
+        raise ConfigError(f"bad Redis URL {without_password(url)}: {bad_url(url)}") from None
     finally:
         await client.aclose()
 

@@ -9,19 +9,11 @@ from pathlib import Path
 import redis
 
 from common.errors import ConfigError
+from common.redis_client import bad_url, without_password
 
 CONNECT_S = 3.0
 SOCKET = "redis.sock"
 LONGEST_SOCKET_PATH = 107  # sockaddr_un
-
-
-def without_password(url: str) -> str:
-    """`url` as it may be shown."""
-    parts = urllib.parse.urlsplit(url)
-    user, at, host = parts.netloc.rpartition("@")
-    if ":" not in user:
-        return url
-    return parts._replace(netloc=user.split(":")[0] + ":***" + at + host).geturl()
 
 
 def check(url: str) -> None:
@@ -31,13 +23,17 @@ def check(url: str) -> None:
         client = redis.Redis.from_url(
             url, socket_connect_timeout=CONNECT_S, socket_timeout=CONNECT_S
         )
-    except ValueError as error:
-        raise ConfigError(f"--redis {shown} is not a Redis URL: {error}") from error
+    except ValueError:
+        raise ConfigError(f"--redis {shown} is not a Redis URL: {bad_url(url)}") from None
     try:
         client.ping()
     except (redis.RedisError, OSError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise ConfigError(f"no Redis answers at {shown}: {reason}") from error
+    except TypeError:  # an option that no connection has
+        raise ConfigError(f"--redis {shown} is not a Redis URL: {bad_url(url)}") from None
+    except TypeError:  # an option that no connection has
+        raise ConfigError(f"--redis {shown} is not a Redis URL: {bad_url(url)}") from None
     finally:
         client.close()
 

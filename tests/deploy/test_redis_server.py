@@ -12,7 +12,7 @@ import pytest
 import redis
 
 from common.errors import ConfigError
-from deploy.redis_server import RedisServer, answers, check, find_binary, without_password
+from deploy.redis_server import RedisServer, answers, check, find_binary
 
 
 @pytest.fixture
@@ -66,9 +66,20 @@ def test_not_a_url() -> None:
         check("localhost:6379")
 
 
-@pytest.mark.parametrize("url", ["redis://host:1/0", "redis://user@host/0", "unix:///a/b?db=0"])
-def test_urls_without_password_are_shown_as_they_are(url: str) -> None:
-    assert without_password(url) == url
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://user:s3cret@127.0.0.1:x/0",
+        "redis://:s3cret",
+        "redis://:s3cret/5@127.0.0.1/0",
+        "redis://127.0.0.1:1/0?password=s3cret&nonsense=1",
+    ],
+)
+def test_wrong_urls_do_not_show_the_password(url: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        check(url)
+    assert str(error.value).startswith("--redis redis://")
+    assert "s3cret" not in str(error.value)
 
 
 def test_a_path_too_long_for_a_socket() -> None:
