@@ -126,6 +126,8 @@ class WorkerConfig(LogConfig, TimerConfig, RedisConfig, ModelConfig, ExposureCon
         # One call each: the bases are siblings and do not call each other.
         TimerConfig.__post_init__(self)
         ModelConfig.__post_init__(self)
+        if self.threads < 0:
+            raise ConfigError("--threads must not be negative")
         if not is_loopback(self.worker_host) and not self.insecure:
             raise ConfigError(
                 f"--worker-host {self.worker_host} can be reached by other machines and the links "
@@ -143,6 +145,8 @@ class HttpConfig(ExposureConfig):
     max_resumes: int = flag(3, "failures of workers that one request survives")
 
     def __post_init__(self) -> None:
+        if self.api_key is not None and self.api_key.strip() != (self.api_key or " "):
+            raise ConfigError("--api-key must not be empty, nor begin or end with a blank")
         if not is_loopback(self.host) and self.api_key is None and not self.insecure:
             raise ConfigError(
                 f"--host {self.host} can be reached by other machines: set --api-key, or serve "
@@ -171,6 +175,7 @@ class UpConfig(LogConfig, TimerConfig, RedisConfig, ModelConfig, HttpConfig):
     decode: int = flag(1, "decode workers")
     transport: str = flag("auto", "how KV blocks travel between workers", choices=TRANSPORTS)
     kv_blocks: int = flag(0, "blocks of each worker's KV pool; 0: from --kv-memory")
+    threads: int = flag(0, "compute threads of each worker; 0: the cores divided by the workers")
     start_timeout_s: float = flag(600.0, "how long the workers may take to load the model")
 
     def __post_init__(self) -> None:
@@ -179,3 +184,5 @@ class UpConfig(LogConfig, TimerConfig, RedisConfig, ModelConfig, HttpConfig):
         HttpConfig.__post_init__(self)
         if self.prefill < 0 or self.decode < 1:
             raise ConfigError("--prefill must be at least 0 and --decode at least 1")
+        if self.threads < 0:
+            raise ConfigError("--threads must not be negative")

@@ -156,5 +156,5 @@ def plan(config: UpConfig, model: Path) -> list[Share]:
             sharing = len(range(number % len(spread), workers, len(spread)))
             pool = _pool_bytes(free[device], weights, sharing, GPU_FRACTION)
             memory = f"{pool // MIB}M"
-        shares.append(Share(device, memory, threads, cores[number]))
+        shares.append(Share(device, memory, config.threads or threads, cores[number]))
     return shares

@@ -61,6 +61,8 @@ def test_version() -> None:
          "tandem up: error: --pin-cores: 'x' is not a list of cores such as 0,2-4"),
         (["up", "--port", "0", "--device", "tpu"], 2,
          "tandem up: error: --device: 'tpu' is not auto, cpu, cuda or a list such as cuda:0,1"),
+        (["up", "--api-key", ""], 2,
+         "tandem up: error: --api-key must not be empty, nor begin or end with a blank"),
         (["decode"], 2, "tandem decode: error: --model is missing"),
         (["router", "--model", "x"], 2, "tandem router: error: --redis is missing"),
         (

@@ -61,6 +61,13 @@ def test_too_few_cores_to_pin(machine: None, model: Path) -> None:
         plan(UpConfig(decode=2, pin_cores="0,1"), model)
 
 
+def test_threads_are_the_share_of_the_cores_or_what_was_asked_for(
+    machine: None, model: Path
+) -> None:
+    assert [share.threads for share in plan(UpConfig(), model)] == [4, 4]
+    assert [share.threads for share in plan(UpConfig(threads=7), model)] == [7, 7]
+
+
 @pytest.mark.parametrize(
     ("text", "cores"), [("auto", list(range(8))), ("3", [3]), ("0,2-4,2", [0, 2, 3, 4])]
 )
