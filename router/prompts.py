@@ -6,6 +6,7 @@ from typing import Any
 
 from common.errors import RequestError
 from router.fleet import Limits
+from router.nesting import is_small
 from router.schemas import ChatBody, CompletionBody, Message
 from router.tokenizer import TextModel
 
@@ -33,15 +34,12 @@ async def completion_prompts(
     body: CompletionBody, text_model: TextModel, limits: Limits
 ) -> list[Prompt]:
     """The prompts of a completion, one or more. Raises RequestError (400)."""
+    texts, result = _texts(body.prompt), _tokens(body.prompt)
+    for text in texts:
+        _check_length(text, text_model, limits, "prompt")
     special = body.add_special_tokens is not False
-    result = []
-    for part in _parts(body.prompt):
-        if isinstance(part, str):
-            _check_length(part, text_model, limits, "prompt")
-            tokens = await text_model.encode(part, add_special_tokens=special)
-            result.append(Prompt(tokens, part))
-        else:
-            result.append(Prompt(part, None))
+    encoded = await text_model.encode_all(texts, add_special_tokens=special)
+    result += [Prompt(tokens, text) for tokens, text in zip(encoded, texts, strict=True)]
     for prompt in result:
         if not prompt.tokens:
             raise RequestError(400, "The prompt has no tokens.", param="prompt")
@@ -61,20 +59,26 @@ async def chat_prompt(body: ChatBody, text_model: TextModel, limits: Limits) -> 
     _check_length("".join(m["content"] for m in messages), text_model, limits, "messages")
     text = template.render(messages, body.add_generation_prompt is not False)
     special = body.add_special_tokens is True  # the template has them already
-    tokens = await text_model.encode(text, add_special_tokens=special)
+    (tokens,) = await text_model.encode_all([text], add_special_tokens=special)
     if not tokens:
         raise RequestError(400, "The messages have no tokens.", param="messages")
     return Prompt(tokens, text)
 
 
-def _parts(prompt: str | list[int] | list[str] | list[list[int]]) -> list[str | list[int]]:
-    """One entry per prompt."""
+def _texts(prompt: str | list[int] | list[str] | list[list[int]]) -> list[str]:
+    """The prompts that are given as text; all of them are, or none."""
     if isinstance(prompt, str):
         return [prompt]
-    numbers = [part for part in prompt if isinstance(part, int)]
-    if numbers:
-        return [numbers]
-    return [part for part in prompt if not isinstance(part, int)]
+    return [part for part in prompt if isinstance(part, str)]
+
+
+def _tokens(prompt: str | list[int] | list[str] | list[list[int]]) -> list[Prompt]:
+    """The prompts that are given as token ids."""
+    if isinstance(prompt, str):
+        return []
+    if numbers := [part for part in prompt if isinstance(part, int)]:
+        return [Prompt(numbers, None)]
+    return [Prompt(part, None) for part in prompt if isinstance(part, list)]
 
 
 def _check_length(text: str, text_model: TextModel, limits: Limits, param: str) -> None:
@@ -112,9 +116,10 @@ def _plain(message: Message, knows_developer: bool) -> dict[str, Any]:
 
 
 def _decoded(arguments: str) -> object:
-    """Templates write the arguments as JSON themselves; what is no JSON stays as it is."""
+    """Templates write the arguments as JSON themselves; what is no JSON, or more of it than a
+    template should walk through, stays as it is."""
     try:
         value: object = json.loads(arguments)
     except (ValueError, RecursionError):
         return arguments
-    return value
+    return value if is_small(value) else arguments

@@ -20,7 +20,7 @@ from common.errors import ConfigError
 from router.chat_template import ChatTemplate
 
 LONG_TEXT = 8_000
-"""Characters (about 2,000 tokens) beyond which a prompt is encoded in a thread."""
+"""Characters (about 2,000 tokens) of all prompts of a call beyond which a thread encodes them."""
 NUM_THREADS = 2
 FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 """What a router needs of a Hub checkpoint."""
@@ -82,14 +82,17 @@ class TextModel:
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`; a long text is encoded in a thread while the loop runs on."""
-        if len(text) <= LONG_TEXT:
-            return self.encode_now(text, add_special_tokens=add_special_tokens)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(
-            self._threads, lambda: self.encode_now(text, add_special_tokens=add_special_tokens)
-        )
+    async def encode_all(
+        self, texts: Sequence[str], *, add_special_tokens: bool = True
+    ) -> list[list[int]]:
+        """Token ids of each text; long texts are encoded in a thread while the loop runs on."""
+
+        def encode() -> list[list[int]]:
+            return [self.encode_now(text, add_special_tokens=add_special_tokens) for text in texts]
+
+        if sum(map(len, texts)) <= LONG_TEXT:
+            return encode()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, encode)
 
     def encode_now(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         # The batch call is the one that releases the GIL.

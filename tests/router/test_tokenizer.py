@@ -181,11 +181,15 @@ def model(text_files: Path) -> Iterator[TextModel]:
     result.close()
 
 
-async def test_long_prompts_do_not_hold_up_the_loop(model: TextModel) -> None:
-    text = "the tide comes in " * 30_000
-    assert len(text) > LONG_TEXT
+LONG = ["the tide comes in " * 30_000]
+MANY = ["the tide comes in " * (LONG_TEXT // 20)] * 80
+
+
+@pytest.mark.parametrize("texts", [LONG, MANY])
+async def test_long_prompts_do_not_hold_up_the_loop(model: TextModel, texts: list[str]) -> None:
+    assert sum(map(len, texts)) > LONG_TEXT
     pauses = []
-    encoding = asyncio.create_task(model.encode(text))
+    encoding = asyncio.create_task(model.encode_all(texts))
     started = last = time.perf_counter()
     while not encoding.done():
         await asyncio.sleep(0.001)
@@ -193,7 +197,7 @@ async def test_long_prompts_do_not_hold_up_the_loop(model: TextModel) -> None:
         pauses.append(now - last)
         last = now
     took = last - started
-    assert await encoding == model.encode_now(text)
+    assert await encoding == [model.encode_now(text) for text in texts]
     # Held up it would be one pause as long as all of it.
     assert max(pauses) < took / 2, (max(pauses), took)
 
@@ -206,7 +210,7 @@ import router.main
 from router.tokenizer import TextModel
 model = TextModel(Path({str(text_files)!r}))
 text = model.chat_template.render([{{"role": "user", "content": "the tide " * 2000}}])
-tokens = asyncio.run(model.encode(text))
+(tokens,) = asyncio.run(model.encode_all([text]))
 assert len(tokens) > 2000, len(tokens)
 model.close()
 print(sorted({{"torch", "transformers"}} & sys.modules.keys()))
