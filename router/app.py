@@ -16,6 +16,7 @@ from fastapi import Depends, FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from common.errors import RequestError
@@ -28,7 +29,9 @@ from router.reply import Reply
 from router.schemas import ChatBody, CompletionBody, parse
 from router.service import Service
 
-MAX_BODY_BYTES: Final = 32 << 20
+MAX_BODY_BYTES: Final = 16 << 20
+PROBE: Final = ["GET", "HEAD"]
+"""Methods of the routes that load balancers ask."""
 _LABEL: Final = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 
@@ -58,6 +61,7 @@ def create_app(parts: Parts) -> FastAPI:
     )
     app.add_exception_handler(RequestError, errors.on_request_error)
     app.add_exception_handler(HTTPException, errors.on_http_error)
+    app.add_exception_handler(ClientDisconnect, errors.on_client_gone)
     app.add_exception_handler(Exception, errors.on_bug)
     app.add_middleware(Label, metrics=parts.metrics)
 
@@ -94,18 +98,18 @@ def create_app(parts: Parts) -> FastAPI:
             raise unknown_model(name)
         return json_response(describe())
 
-    @app.get("/health")
+    @app.api_route("/health", methods=PROBE)
     async def health() -> Response:
         reason = service.unavailable()
         if reason is None:
             return json_response({"status": "ok"})
         return json_response({"status": "unavailable", "reason": reason}, 503)
 
-    @app.get("/ping")
+    @app.api_route("/ping", methods=PROBE)
     async def ping() -> Response:
         return json_response({"status": "ok"})
 
-    @app.get("/version")
+    @app.api_route("/version", methods=PROBE)
     async def version() -> Response:
         return json_response({"version": _version()})
 

@@ -47,7 +47,9 @@ def _holds(request: HttpRequest, api_key: str) -> bool:
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer":
         return False
-    return hmac.compare_digest(token.strip().encode(), api_key.encode())
+    # Header bytes arrive decoded as Latin-1, whatever the key is made of.
+    given = token.strip().encode("latin-1")
+    return bool(given) and hmac.compare_digest(given, api_key.encode())
 
 
 def _is_local(request: HttpRequest) -> bool:

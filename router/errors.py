@@ -9,6 +9,7 @@ import msgspec
 from fastapi.requests import Request as HttpRequest
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from common.errors import RequestError
 
@@ -16,6 +17,8 @@ log = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 2
 JSON = "application/json"
+CLIENT_GONE = 499
+"""Status in the metrics for a client that left while it sent its request; nobody reads it."""
 
 _HTTP_MESSAGES = {
     404: "There is no {method} {path} here.",
@@ -76,6 +79,12 @@ async def on_http_error(request: HttpRequest, error: Exception) -> Response:
     answer = response(RequestError(error.status_code, message, code=code))
     answer.headers.update(error.headers or {})
     return answer
+
+
+async def on_client_gone(_: HttpRequest, error: Exception) -> Response:
+    """The client left in the middle of its request: nothing is wrong here."""
+    assert isinstance(error, ClientDisconnect)
+    return Response(status_code=CLIENT_GONE)
 
 
 async def on_bug(request: HttpRequest, error: Exception) -> Response:

@@ -4,20 +4,22 @@
 for and cannot have is a RequestError here, before anything was sent to a worker.
 """
 
-import asyncio
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import msgspec
+
 from common.errors import RequestError
 from common.sampling import SamplingParams
 from router.answer import Answer, Options
+from router.backlog import Backlog
 from router.chat_answer import ChatAnswer
 from router.completion_answer import CompletionAnswer
 from router.fleet import Limits
 from router.prompts import Prompt, chat_prompt, completion_prompts, too_long
-from router.request import Choice, Event, Request, TextRule
+from router.request import Choice, Request, TextRule
 from router.schemas import ChatBody, CompletionBody, SamplingBody
 from router.service import Service
 from router.token_text import TokenText
@@ -27,6 +29,10 @@ DEFAULT_MAX_TOKENS: Final = 16
 """Of completions, as OpenAI has it; a chat may use the rest of the context."""
 MAX_CHOICES: Final = 1_024
 """Prompts times `n` of one call."""
+GREEDY_BELOW: Final = 1e-5
+"""Temperatures that only greedy sampling can represent in float32."""
+LONGEST_ID: Final = 10
+"""Digits of a token id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +40,8 @@ class Call:
     """One HTTP call, checked and tokenised, ready to be served."""
 
     requests: list[Request]
-    events: asyncio.Queue[Event | None]
-    """What happens to all of them; None: the client is gone."""
+    events: Backlog
+    """What happens to all of them."""
     answer: Answer
     stream: bool
 
@@ -90,7 +96,7 @@ class Intake:
 
     def _requests(
         self, body: SamplingBody, prompts: Sequence[Prompt], params: SamplingParams, label: str
-    ) -> tuple[list[Request], asyncio.Queue[Event | None]]:
+    ) -> tuple[list[Request], Backlog]:
         n = body.n or 1
         if n * len(prompts) > MAX_CHOICES:
             message = f"{len(prompts)} prompts with n = {n} are more than {MAX_CHOICES} choices."
@@ -101,13 +107,13 @@ class Intake:
             include_stop=bool(body.include_stop_str_in_output),
             skip_special_tokens=body.skip_special_tokens is not False,
         )
-        events: asyncio.Queue[Event | None] = asyncio.Queue()
+        events = Backlog(n * len(prompts))
         requests = [
             Request(
                 id=secrets.randbits(63),
                 label=label,
                 prompt=prompt.tokens,
-                params=params,
+                params=params if body.seed is not None else _reseeded(params),
                 rule=rule,
                 salt=body.cache_salt or "",
                 events=events,
@@ -131,11 +137,12 @@ def _sampling(
     if (body.min_tokens or 0) > max_tokens:
         message = f"'min_tokens' is above the {max_tokens} tokens that may be generated."
         raise RequestError(400, message, param="min_tokens")
-    seed = secrets.randbits(63) if body.seed is None else body.seed & (2**63 - 1)
+    _check_ids(body.stop_token_ids or (), limits, "stop_token_ids")
+    temperature = _given(body.temperature, 1.0)
     return SamplingParams(
         max_tokens=max_tokens,
         min_tokens=body.min_tokens or 0,
-        temperature=_given(body.temperature, 1.0),
+        temperature=temperature if temperature >= GREEDY_BELOW else 0.0,
         top_k=max(0, body.top_k or 0),
         top_p=_given(body.top_p, 1.0),
         min_p=_given(body.min_p, 0.0),
@@ -143,11 +150,22 @@ def _sampling(
         frequency_penalty=_given(body.frequency_penalty, 0.0),
         repetition_penalty=_given(body.repetition_penalty, 1.0),
         logit_bias=_bias(body.logit_bias or {}, limits),
-        seed=seed,
+        seed=(body.seed or 0) & (2**63 - 1),
         ignore_eos=bool(body.ignore_eos),
         stop_token_ids=tuple(body.stop_token_ids or ()),
         logprobs=logprobs,
     )
+
+
+def _reseeded(params: SamplingParams) -> SamplingParams:
+    """`params` with a seed that was never used: equal prompts of a call get different texts."""
+    return msgspec.structs.replace(params, seed=secrets.randbits(63))
+
+
+def _check_ids(ids: Sequence[int], limits: Limits, param: str) -> None:
+    if ids and max(ids) >= limits.vocab_size:
+        message = f"Token id {max(ids)} in '{param}' is not below {limits.vocab_size}."
+        raise RequestError(400, message, param=param)
 
 
 def _given(value: float | None, default: float) -> float:
@@ -170,8 +188,11 @@ def _room(limits: Limits, num_prompt: int, wanted: int | None, default: int | No
 def _bias(given: dict[str, float], limits: Limits) -> tuple[tuple[int, float], ...]:
     pairs = []
     for key, value in given.items():
-        if not (key.isascii() and key.isdigit() and int(key) < limits.vocab_size):
-            message = f"'{key}' in 'logit_bias' is not a token id below {limits.vocab_size}."
+        is_id = len(key) <= LONGEST_ID and key.isascii() and key.isdigit()
+        if not is_id or int(key) >= limits.vocab_size:
+            message = (
+                f"'{key[:LONGEST_ID]}' in 'logit_bias' is not a token id below {limits.vocab_size}."
+            )
             raise RequestError(400, message, param="logit_bias")
         pairs.append((int(key), value))
     return tuple(pairs)

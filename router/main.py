@@ -11,7 +11,6 @@ import signal
 import socket
 from pathlib import Path
 
-import uvicorn
 import uvloop
 
 from common import log as log_lines
@@ -26,14 +25,11 @@ from router.dispatch import Patience
 from router.intake import Intake
 from router.membership import Membership, content_ids
 from router.metrics import RouterMetrics
-from router.server import Server, listen
+from router.server import Server, http_config, listen
 from router.service import Service
 from router.tokenizer import TextModel, locate
 
 log = logging.getLogger(__name__)
-
-CLOSE_S = 5
-"""How long uvicorn waits for answers that are over to be written."""
 
 
 def main(config: RouterConfig) -> int:
@@ -85,16 +81,7 @@ async def _serve(
         model=model,
         api_key=config.api_key,
     )
-    server = Server(
-        uvicorn.Config(
-            create_app(parts),
-            log_config=None,
-            access_log=False,
-            lifespan="off",
-            ws="none",
-            timeout_graceful_shutdown=CLOSE_S,
-        )
-    )
+    server = Server(http_config(create_app(parts)))
     try:
         await _run(service, server, listener, config.drain_s)
     finally:

@@ -3,9 +3,13 @@
 The route has done authorization, limits and body; from here on nothing stands between an engine's
 output and the socket: no validation, no middleware that looks at chunks. Owns the life of the
 call's requests: they are submitted here and, whatever happens, cancelled or over at the end.
+
+Every engine step is a chunk of its own. Only for a client that does not read as fast as tokens
+come, the chunks that came during a write leave in one write; one that is too far behind is left.
 """
 
 import asyncio
+import logging
 from typing import Final
 
 from starlette.responses import Response
@@ -13,9 +17,12 @@ from starlette.types import Receive, Scope, Send
 
 from common.errors import RequestError
 from router import errors
+from router.connection import abort
 from router.intake import Call
 from router.request import Delta
 from router.service import Service
+
+log = logging.getLogger(__name__)
 
 _SSE_HEADERS: Final = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -34,16 +41,18 @@ class Reply(Response):
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        watcher = asyncio.create_task(self._watch(receive))
+        watchers = [asyncio.create_task(self._watch(receive))]
         try:
             for request in self._call.requests:
                 self._service.submit(request)
             if self._call.stream:
+                watchers.append(asyncio.create_task(self._leave_behind(scope)))
                 await self._stream(scope, receive, send)
             else:
                 await self._collect(scope, receive, send)
         finally:
-            watcher.cancel()
+            for watcher in watchers:
+                watcher.cancel()
             self._cancel()
 
     def _cancel(self) -> None:
@@ -56,6 +65,13 @@ class Reply(Response):
             continue
         self._cancel()
         self._call.events.put_nowait(None)
+
+    async def _leave_behind(self, scope: Scope) -> None:
+        """End the call, and its connection with it, if the client is too far behind."""
+        await self._call.events.overflow.wait()
+        self._cancel()
+        log.warning("request %s: the client does not read its answer", self._call.requests[0].label)
+        abort(scope)
 
     async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
         answer, events = self._call.answer, self._call.events
@@ -79,7 +95,9 @@ class Reply(Response):
                     parts.append(answer.closing())
             if over or events.empty():
                 body = b"".join(parts)
+                events.is_writing = True
                 await send({"type": "http.response.body", "body": body, "more_body": not over})
+                events.is_writing = False
                 parts.clear()
             if not over:
                 item = await events.get()

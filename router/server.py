@@ -1,5 +1,9 @@
-"""The HTTP server of the router: its listening socket and uvicorn, without uvicorn's habits."""
+"""The HTTP server of the router: its listening socket and uvicorn, without uvicorn's habits.
 
+Called by `router.main`; what one connection may do is in `router.connection`.
+"""
+
+import asyncio
 import contextlib
 import errno
 import socket
@@ -7,10 +11,14 @@ from collections.abc import Generator
 from typing import Final
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from common.errors import ConfigError
+from router.connection import Connection
 
 BACKLOG: Final = 2_048
+CLOSE_S: Final = 5.0
+"""How long answers that are over may take to be written when the server ends."""
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -34,9 +42,34 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+def http_config(app: ASGIApp) -> uvicorn.Config:
+    """How uvicorn serves `app`: no headers of proxies believed, bounded connections."""
+    return uvicorn.Config(
+        app,
+        http=Connection,
+        ws="none",
+        lifespan="off",
+        proxy_headers=False,
+        log_config=None,
+        access_log=False,
+    )
+
+
 class Server(uvicorn.Server):
     """uvicorn without its signal handlers: this process drains first."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         yield
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Ends connections, not tasks: whoever waits for a client then sees that it is gone."""
+        timer = asyncio.get_running_loop().call_later(CLOSE_S, self._abort_all)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
+
+    def _abort_all(self) -> None:
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()

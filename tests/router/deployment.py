@@ -13,7 +13,6 @@ from typing import Any
 import httpx
 import msgspec
 import openai
-import uvicorn
 
 from common.config import TimerConfig
 from common.identity import text_id
@@ -24,7 +23,7 @@ from router.dispatch import Patience
 from router.intake import Intake
 from router.membership import Membership
 from router.metrics import RouterMetrics
-from router.server import Server, listen
+from router.server import Server, http_config, listen
 from router.service import Service
 from router.tokenizer import TextModel
 from tests.router.stub_worker import Handoffs, StubWorker
@@ -149,11 +148,7 @@ async def deployment(
     }
     listener = free_listener()
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server = Server(
-        uvicorn.Config(
-            create_app(parts), log_config=None, access_log=False, lifespan="off", ws="none"
-        )
-    )
+    server = Server(http_config(create_app(parts)))
     engine = asyncio.create_task(service.run())
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     headers = {"authorization": f"Bearer {api_key}"} if api_key else {}

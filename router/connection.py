@@ -1,0 +1,132 @@
+"""One HTTP connection: uvicorn's, with bounds on what a client may send and leave unread.
+
+uvicorn limits neither headers nor the time that a write may take. Made by uvicorn for every
+connection of `router.server`; `abort` is called by `router.reply`.
+"""
+
+import asyncio
+import logging
+from typing import Any, Final
+
+from starlette.types import Scope
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from common.errors import RequestError
+from router import errors
+
+log = logging.getLogger(__name__)
+
+MAX_HEADER_BYTES: Final = 32 << 10
+"""Request line, headers and trailers of one request."""
+WRITE_TIMEOUT_S: Final = 30.0
+"""A client that reads nothing for this long, while there is something to read, is gone."""
+_OURS: Final = "tandem.connection"
+
+
+def abort(scope: Scope) -> None:
+    """End the connection of a call at once; what was not sent is dropped."""
+    scope["extensions"][_OURS]["transport"].abort()
+
+
+class HeadersTooLargeError(Exception):
+    """Ends the parser from within one of its callbacks."""
+
+
+class Connection(HttpToolsProtocol):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._header_bytes = 0
+        """Of the request that is being received, as far as they are parsed."""
+        self._unparsed = 0
+        """Bytes since something was parsed: of a header or a chunk size that does not end."""
+        self._is_silent = True
+        """Nothing was parsed since this was set."""
+        self._is_refused = False
+        self._write_timer: asyncio.TimerHandle | None = None
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_refused:
+            return
+        self._is_silent = True
+        super().data_received(data)
+        self._unparsed = self._unparsed + len(data) if self._is_silent else 0
+        if self._unparsed > MAX_HEADER_BYTES:
+            self._refuse_headers()
+
+    def send_400_response(self, msg: str) -> None:
+        """uvicorn's answer to whatever ended its parser."""
+        if self._header_bytes > MAX_HEADER_BYTES:
+            self._refuse_headers()
+        else:
+            self._is_refused = True
+            super().send_400_response(msg)
+
+    def _refuse_headers(self) -> None:
+        self._is_refused = True
+        if self.cycle is not None and not self.cycle.response_complete:
+            # An answer is on its way, maybe half written: there is no room for another.
+            self.transport.abort()
+            return
+        message = f"The headers are larger than {MAX_HEADER_BYTES} bytes."
+        content = errors.body(RequestError(431, message, code="headers_too_large"))
+        head = (
+            "HTTP/1.1 431 Request Header Fields Too Large\r\n"
+            f"content-type: {errors.JSON}\r\ncontent-length: {len(content)}\r\n"
+            "connection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + content)
+        self.transport.close()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._is_silent = False
+        self._header_bytes = 0
+        self.scope["extensions"] = {_OURS: {"transport": self.transport}}
+
+    def on_url(self, url: bytes) -> None:
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count(len(name) + len(value) + len(": \r\n"))
+        super().on_header(name, value)
+
+    def _count(self, num_bytes: int) -> None:
+        self._is_silent = False
+        self._header_bytes += num_bytes
+        if self._header_bytes > MAX_HEADER_BYTES:
+            raise HeadersTooLargeError
+
+    def on_headers_complete(self) -> None:
+        super().on_headers_complete()
+        self._is_silent = False
+
+    def on_body(self, body: bytes) -> None:
+        self._is_silent = False
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._is_silent = False
+        super().on_message_complete()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stop_write_timer()
+        self._write_timer = self.loop.call_later(WRITE_TIMEOUT_S, self._give_up)
+
+    def resume_writing(self) -> None:
+        self._stop_write_timer()
+        super().resume_writing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_write_timer()
+        super().connection_lost(exc)
+
+    def _stop_write_timer(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+
+    def _give_up(self) -> None:
+        log.warning("a client has read nothing for %g s; its connection is closed", WRITE_TIMEOUT_S)
+        self.transport.abort()

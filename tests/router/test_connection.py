@@ -1,0 +1,160 @@
+"""Connections are bounded: what a client may send before it is known, and what it may not read."""
+
+import asyncio
+import contextlib
+import json
+import logging
+import socket
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+
+from common.messages import Cancel
+from router import backlog, connection, server
+from router.connection import MAX_HEADER_BYTES
+from tests.client import complete
+from tests.router.conftest import Deploy
+from tests.router.deployment import Deployment, until
+
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+PROMPT = list(range(10, 40))
+
+
+@contextlib.asynccontextmanager
+async def connected(served: Deployment) -> AsyncIterator[Streams]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", httpx.URL(served.url).port)
+    try:
+        yield reader, writer
+    finally:
+        writer.transport.abort()
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        [b"GET /health HTTP/1.1\r\n", *[b"x-%d: %s\r\n" % (i, b"a" * 1000) for i in range(64)]],
+        [b"GET /health HTTP/1.1\r\nx: ", *[b"a" * 1000] * 64],
+        [b"GET /", *[b"a" * 1000] * 64],
+        [b"\r\n" * 500] * 64,
+    ],
+)
+async def test_headers_that_do_not_end(deploy: Deploy, head: list[bytes]) -> None:
+    async with deploy(prefill=0, api_key="key") as served, connected(served) as (reader, writer):
+        for part in head:
+            writer.write(part)
+            await asyncio.sleep(0)
+        try:
+            assert b"431" in await asyncio.wait_for(reader.readline(), 10)
+            body = (await reader.read()).partition(b"\r\n\r\n")[2]
+        except ConnectionResetError:  # what the server did not read any more overtook its answer
+            return
+        assert json.loads(body)["error"]["code"] == "headers_too_large"
+
+
+async def test_large_headers_and_many_requests_are_fine(deploy: Deploy) -> None:
+    async with deploy(prefill=0) as served:
+        headers = {"x-large": "a" * (MAX_HEADER_BYTES - 1_000)}
+        async with httpx.AsyncClient(base_url=served.url) as http:
+            for _ in range(4):
+                assert (await http.get("/health", headers=headers)).status_code == 200
+            prompt = [5] * 20_000
+            response = await http.post("/v1/completions", json={"prompt": prompt}, headers=headers)
+            assert response.json()["error"]["code"] == "context_length_exceeded"
+
+
+async def test_trailers_that_do_not_end(deploy: Deploy) -> None:
+    async with deploy(prefill=0) as served, connected(served) as (reader, writer):
+        writer.write(
+            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+        )
+        writer.write(b"2\r\n{}\r\n0\r\n")
+        for _ in range(64):
+            writer.write(b"x-trailer: " + b"a" * 1000 + b"\r\n")
+            await asyncio.sleep(0)
+        with contextlib.suppress(ConnectionResetError):
+            assert await asyncio.wait_for(reader.read(), 10) == b""
+
+
+def ask(served: Deployment, **body: object) -> socket.socket:
+    """A client that asks for a stream and reads nothing of it."""
+    content = json.dumps({"prompt": PROMPT, "stream": True, **body}).encode()
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+    client.connect(("127.0.0.1", httpx.URL(served.url).port))
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n"
+    client.sendall(head % len(content) + content)
+    return client
+
+
+async def test_a_client_that_does_not_read_is_left(
+    deploy: Deploy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(backlog, "MAX_EVENTS", 64)
+    async with deploy(prefill=0, max_model_len=100_000, num_blocks=100_000) as served:
+        (worker,) = served.decodes
+        with ask(served, n=8, max_tokens=90_000, logprobs=20, ignore_eos=True):
+            await until(lambda: served.service.num_live == 1)
+            await until(lambda: served.service.num_live == 0, timeout_s=30)
+            await until(lambda: worker.num_running == 0)
+        assert worker.received(Cancel)
+        assert "the client does not read its answer" in caplog.text
+        assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+        assert (await complete(served.http, PROMPT, max_tokens=3)).status == 200
+
+
+async def test_a_write_that_does_not_end(
+    deploy: Deploy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(connection, "WRITE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(backlog, "MAX_EVENTS", 10**9)
+    async with deploy(prefill=0, max_model_len=100_000, num_blocks=100_000) as served:
+        with ask(served, n=8, max_tokens=90_000, logprobs=20, ignore_eos=True):
+            await until(lambda: served.service.num_live == 1)
+            await until(lambda: served.service.num_live == 0, timeout_s=30)
+        await until(lambda: served.decodes[0].num_running == 0)
+        assert "has read nothing for 0.2 s" in caplog.text
+        assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+async def test_clients_that_do_not_read_do_not_hold_up_the_end(
+    deploy: Deploy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(server, "CLOSE_S", 0.3)
+    monkeypatch.setattr(backlog, "MAX_EVENTS", 10**9)
+    async with deploy(prefill=0, max_model_len=100_000, num_blocks=100_000) as served:
+        client = ask(served, n=8, max_tokens=90_000, logprobs=20, ignore_eos=True)
+        await until(lambda: served.value("output_tokens_total") > 10_000, timeout_s=30)
+    client.close()
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+async def test_a_client_that_leaves_amid_its_request(
+    deploy: Deploy, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with deploy(prefill=0) as served:
+        async with connected(served) as (_, writer):
+            writer.write(b'POST /v1/completions HTTP/1.1\r\ncontent-length: 99\r\n\r\n{"prompt":')
+            await writer.drain()
+            await asyncio.sleep(0.05)
+        await until(lambda: served.value("http_errors_total", status="499") == 1)
+        assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+async def test_headers_of_proxies_are_not_believed(
+    deploy: Deploy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORWARDED_ALLOW_IPS", "*")
+    async with deploy(prefill=0, api_key="key") as served:
+        async with httpx.AsyncClient(base_url=served.url) as http:
+            response = await http.get("/debug/workers", headers={"x-forwarded-for": "8.8.8.8"})
+            assert response.status_code == 200, "the connection is from this machine"
+
+
+@pytest.mark.parametrize("path", ["/health", "/ping", "/version"])
+async def test_probes_without_a_body(deploy: Deploy, path: str) -> None:
+    async with deploy(prefill=0, api_key="key") as served:
+        async with httpx.AsyncClient(base_url=served.url) as http:
+            asked, probed = await http.get(path), await http.head(path)
+            assert (probed.status_code, probed.content) == (200, b"")
+            assert probed.headers["content-length"] == asked.headers["content-length"]
