@@ -100,9 +100,8 @@ def fell(today: Mapping[str, float], kept: Mapping[str, float]) -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 1 if a ratio fell below the kept one by more than the tolerance, or nothing ran."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quick", description=__doc__)
-    parser.add_argument("--keep", action="store_true", help=f"write {KEPT.relative_to(ROOT)}")
+    parser.add_argument("--keep", action="store_true", help="make today's ratios the kept ones")
     args = parser.parse_args(argv)
-    stop_cleanly()
     cores = sorted(os.sched_getaffinity(0))
     if (busy := machine.busy_share()) > 0.1:
         print(f"The machine is {busy:.0%} busy already: the ratios are doubtful.")
@@ -130,6 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    stop_cleanly()
     try:
         sys.exit(main())
     except KeyboardInterrupt:

@@ -111,7 +111,6 @@ def compare(
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0 if every system was measured under every load, 2 for wrong arguments, else 1."""
     args = parser().parse_args(argv)
-    stop_cleanly()
     try:
         installed = systems(args.systems)
         names = [load.name for load in LOADS] if args.loads == "all" else args.loads.split(",")
@@ -157,6 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    stop_cleanly()
     try:
         sys.exit(main())
     except KeyboardInterrupt:

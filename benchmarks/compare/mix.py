@@ -105,11 +105,14 @@ def figures(
         if record.chunks and not record.ended:
             gaps.append(end - record.chunks[-1])
     waits = [(r.chunks[0] if r.chunks else end) - r.sent for r in prompts if r.sent]
+    # Where nothing came at all, it took at least the whole time.
+    gaps = gaps or [end - start]
+    waits = waits or [end - start]
     return {
-        "p99_itl_ms": float(np.percentile(gaps, 99)) * 1000.0 if gaps else float("inf"),
-        "median_itl_ms": float(np.median(gaps)) * 1000.0 if gaps else float("inf"),
+        "p99_itl_ms": float(np.percentile(gaps, 99)) * 1000.0,
+        "median_itl_ms": float(np.median(gaps)) * 1000.0,
         "decode_throughput": tokens / (end - start),
-        "median_ttft_ms": float(np.median(waits)) * 1000.0 if waits else float("inf"),
-        "max_ttft_ms": max(waits, default=float("inf")) * 1000.0,
+        "median_ttft_ms": float(np.median(waits)) * 1000.0,
+        "max_ttft_ms": max(waits) * 1000.0,
         "prompts": float(len(waits)),
     }

@@ -1,6 +1,8 @@
 """The regression guard: ratios in which more is better, and what is said about them."""
 
+import json
 import time
+from pathlib import Path
 
 import pytest
 
@@ -32,6 +34,26 @@ def test_report_marks_what_fell() -> None:
     ]
     assert quick.fell(today, kept)
     assert not quick.fell({"a": 1.0}, kept)
+
+
+def test_kept_ratios_are_what_the_next_run_is_compared_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = {"c1": 10.0, "8x32/64": 200.0, "pf": 1000.0}
+    monkeypatch.setattr(quick, "KEPT", tmp_path / "results" / "quick.json")
+    monkeypatch.setattr(quick, "control", lambda cores: CONTROL)
+    monkeypatch.setattr(quick, "tandem", lambda topology, cores: figures)
+    assert quick.main(["--keep"]) == 0
+    kept = json.loads(quick.KEPT.read_text())
+    assert kept["ratios"]["tandem-1p1d c1"] == 4.0
+    assert {"date", "commit", "machine", "command"} <= set(kept)
+    assert quick.main([]) == 0
+    assert "+0%" in capsys.readouterr().out
+    figures["c1"] = 20.0
+    assert quick.main([]) == 1
+    assert (
+        "tandem c1                    2.000     4.000      -50%  slower" in capsys.readouterr().out
+    )
 
 
 def test_control_takes_the_fastest() -> None:
