@@ -20,12 +20,8 @@ TIMEOUT_S: Final = 2.0
 """Every command is answered within this time or Redis counts as unreachable."""
 FIRST_RETRY_S: Final = 0.05
 LAST_RETRY_S: Final = 1.0
-
-
 _USER_INFO: Final = re.compile(r"(?<=://)(?P<user>[^:@/?#]*):.*@", re.DOTALL)
 """Up to the last @: a password with a slash in it makes a bad URL, and is still a password."""
-_NO_PORT: Final = re.compile(r"(?<=://)(?P<user>[^:@/?#\[]*):(?!\d*(?:[/?#]|$))[^@/?#]*(?![^/?#]*@)")
-"""What stands for a port and is none may be a password whose host was forgotten."""
 _NO_PORT: Final = re.compile(
     r"(?<=://)(?P<user>[^:@/?#\[]*):(?!\d*(?:[/?#]|$))[^@/?#]*(?![^/?#]*@)"
 )

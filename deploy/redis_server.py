@@ -32,8 +32,6 @@ def check(url: str) -> None:
         raise ConfigError(f"no Redis answers at {shown}: {reason}") from error
     except TypeError:  # an option that no connection has
         raise ConfigError(f"--redis {shown} is not a Redis URL: {bad_url(url)}") from None
-    except TypeError:  # an option that no connection has
-        raise ConfigError(f"--redis {shown} is not a Redis URL: {bad_url(url)}") from None
     finally:
         client.close()
 

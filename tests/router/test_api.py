@@ -379,3 +379,12 @@ async def test_metrics_count_what_happened(deploy: Deploy) -> None:
             'tandem_router_workers{role="decode"} 1.0',
         ):
             assert line in text.splitlines(), line
+
+
+async def test_equal_prompts_of_one_call_get_texts_of_their_own(deploy: Deploy) -> None:
+    async with deploy(prefill=0) as served:
+        body = {"prompt": [[5] * 20] * 3, "max_tokens": 8, "return_token_ids": True}
+        for seed in ({}, {"seed": 7}):
+            response = await served.http.post("/v1/completions", json={**body, **seed})
+            texts = {tuple(choice["token_ids"]) for choice in response.json()["choices"]}
+            assert len(texts) == (1 if seed else 3)
