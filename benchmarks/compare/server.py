@@ -72,13 +72,13 @@ def running(commands: Sequence[Command], logs: Path, timeout_s: float) -> Iterat
 
 
 def _start(command: Command, log: IO[str]) -> "subprocess.Popen[bytes]":
-    # A session of its own, so that its children end with it; it ends itself if this process dies.
+    # A session of its own, so that its children end with it; the pipe closes if this process dies.
     cores = ",".join(map(str, command.cores))
     return subprocess.Popen(
-        [sys.executable, "-m", "deploy.child", str(os.getpid()), sys.executable, "-m",
+        [sys.executable, "-m", "benchmarks.compare.guard", sys.executable, "-m",
          "benchmarks.compare.pinned", cores, *command.argv],
         cwd=ROOT, env=os.environ | command.env, start_new_session=True,
-        stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+        stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
 
@@ -119,3 +119,5 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
     except ProcessLookupError:
         pass  # nothing is left
     process.wait()
+    assert process.stdin is not None
+    process.stdin.close()

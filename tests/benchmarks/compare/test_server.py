@@ -1,6 +1,7 @@
 """Processes of a comparison: ready means ready, and nothing is left at the end."""
 
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from benchmarks.compare.paths import ROOT
 from benchmarks.compare.server import Command, StartError, answers, free_ports, running
 
 SERVER = """
@@ -20,6 +22,16 @@ child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 print(child.pid, flush=True)
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
+
+
+def await_end(process: psutil.Process) -> None:
+    deadline = time.monotonic() + 10.0
+    try:
+        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline, "a child outlived its server"
+            time.sleep(0.02)
+    except psutil.NoSuchProcess:
+        return  # it ended between the two questions
 
 
 def command(program: str, *arguments: str, port: int = 0) -> Command:
@@ -36,10 +48,28 @@ def test_starts_pinned_and_leaves_nothing(tmp_path: Path) -> None:
         assert child.cpu_affinity() == [min(os.sched_getaffinity(0))]
         assert child.environ()["COLOUR"] == "red"
     assert not answers(f"http://127.0.0.1:{port}/health")
-    deadline = time.monotonic() + 10.0
-    while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline, "a child outlived its server"
-        time.sleep(0.02)
+    await_end(child)
+
+
+def test_a_server_ends_with_a_comparison_that_is_killed(tmp_path: Path) -> None:
+    program = (
+        "import sys, time; from pathlib import Path\n"
+        "from benchmarks.compare.server import Command, running\n"
+        "port, logs = int(sys.argv[1]), Path(sys.argv[2])\n"
+        f"command = Command('one', (sys.executable, '-c', {SERVER!r}, str(port)), port, "
+        f"({min(os.sched_getaffinity(0))},))\n"
+        "with running([command], logs, 30.0):\n"
+        "    print(flush=True); time.sleep(600)\n"
+    )
+    (port,) = free_ports(1)
+    argv = [sys.executable, "-c", program, str(port), str(tmp_path)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, cwd=ROOT) as comparison:
+        assert comparison.stdout is not None
+        comparison.stdout.readline()
+        child = psutil.Process(int((tmp_path / "one.log").read_text()))
+        comparison.kill()
+    await_end(child)
+    assert not answers(f"http://127.0.0.1:{port}/health")
 
 
 def test_a_server_that_ends_says_why(tmp_path: Path) -> None:
