@@ -66,7 +66,10 @@ class Attention {
         }
         std::fill(merged_.data(), merged_.data() + rows * dims, 0.0f);
         const int oldest = window > 0 ? std::max(0, begin - window + 1) : 0;
-        for (int base = oldest / PART * PART; base < end; base += PART) {
+        const int first = oldest / PART * PART;
+        for (int j = first; j < std::min(end, first + PART); j += LANES)
+            fetch(slot_of(pool, layer, 0, span, task.kv_head, j));
+        for (int base = first; base < end; base += PART) {
             const int count = std::min(PART, end - base);
             score(pool, layer, span, task.kv_head, base, count, queries, rows);
             for (int r = 0; r < rows; ++r) {
@@ -74,7 +77,7 @@ class Attention {
                 const int low = window > 0 ? std::max(0, position - window + 1 - base) : 0;
                 soften(r, low, std::min(count, position + 1 - base), count);
             }
-            weigh(pool, layer, span, task.kv_head, base, count, rows);
+            weigh(pool, layer, span, task.kv_head, base, count, end, rows);
         }
         for (int r = 0; r < rows; ++r) {
             const Lanes scale = fill(1.0f / total_[r]);
@@ -87,15 +90,26 @@ class Attention {
  private:
     static constexpr int STRIDE = PART + LANES;  // of scores and weights; no power of two
 
+    const T* slot_of(const Pool<T>& pool, int layer, int kind, const Span& span, int head,
+                     int position) const {
+        const T* page = pool.page(span.blocks[position / s_.block_size], layer, kind, head);
+        return page + int64_t(position % s_.block_size) * s_.head_dim;
+    }
+
+    // Brings 16 slots nearer. Pages of a sequence lie anywhere: no hardware foresees the next one.
+    void fetch(const T* slots) const {
+        const char* p = reinterpret_cast<const char*>(slots);
+        for (size_t i = 0; i < LANES * s_.head_dim * sizeof(T); i += 64) __builtin_prefetch(p + i);
+    }
+
     // scores[r][j] = query r . key base + j; garbage from `count` on.
     void score(const Pool<T>& pool, int layer, const Span& span, int head, int base, int count,
                const T* queries, int rows) {
         const auto* from = reinterpret_cast<const uint32_t*>(queries);
         for (int first = 0; first < count; first += TILE) {
             for (int j = first; j < std::min(count, first + TILE); j += LANES) {
-                const int position = base + j;
-                const T* page = pool.page(span.blocks[position / s_.block_size], layer, 0, head);
-                const T* slot = page + int64_t(position % s_.block_size) * s_.head_dim;
+                const T* slot = slot_of(pool, layer, 0, span, head, base + j);
+                fetch(slot_of(pool, layer, 1, span, head, base + j));
                 for (int word = 0; word < key_words_; word += LANES)
                     transpose16(reinterpret_cast<const uint32_t*>(slot) + word, key_words_,
                                 std::min(LANES, key_words_ - word),
@@ -103,11 +117,8 @@ class Attention {
             }
             in_blocks(rows, [&](int row, int number) {
                 multiply<T, 0>(number, from + size_t(row) * key_words_, key_words_,
-                               packed_keys_.data(), TILE, key_words_, sums_);
-                for (int r = 0; r < number; ++r)
-                    for (int j = 0; j < TILE; j += LANES)
-                        store(scores_.data() + (row + r) * STRIDE + first + j,
-                              load(sums_ + r * TILE + j));
+                               packed_keys_.data(), TILE, key_words_,
+                               scores_.data() + row * STRIDE + first, STRIDE);
             });
         }
     }
@@ -147,13 +158,14 @@ class Attention {
 
     // merged[r] = before[r] * merged[r] + now[r] * (weights[r] . values of base .. base + count)
     void weigh(const Pool<T>& pool, int layer, const Span& span, int head, int base, int count,
-               int rows) {
+               int end, int rows) {
         constexpr int PER_WORD = 4 / sizeof(T);
         const int dims = int(s_.value_stride()), steps = (count + PER_WORD - 1) / PER_WORD;
         for (int step = 0; step < steps; ++step) {
-            const int j = step * PER_WORD, position = base + j;
-            const T* page = pool.page(span.blocks[position / s_.block_size], layer, 1, head);
-            const T* one = page + int64_t(position % s_.block_size) * s_.head_dim;
+            const int j = step * PER_WORD;
+            if (j % LANES == 0 && base + PART + j < end)
+                fetch(slot_of(pool, layer, 0, span, head, base + PART + j));
+            const T* one = slot_of(pool, layer, 1, span, head, base + j);
             const T* two = j + 1 < count ? one + s_.head_dim : no_value_.data();
             pack_values(one, two, packed_values_.data() + size_t(step) * dims);
         }
@@ -161,7 +173,7 @@ class Attention {
             in_blocks(rows, [&](int row, int number) {
                 multiply<T, 0>(
                     number, reinterpret_cast<const uint32_t*>(weights_.data() + row * STRIDE),
-                    words<T>(STRIDE), packed_values_.data() + column, dims, steps, sums_);
+                    words<T>(STRIDE), packed_values_.data() + column, dims, steps, sums_, TILE);
                 for (int r = row; r < row + number; ++r)
                     for (int j = 0; j < TILE; j += LANES) {
                         float* merged = merged_.data() + size_t(r) * dims + column + j;

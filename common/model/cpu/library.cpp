@@ -24,6 +24,7 @@ struct Handle {
 struct Linear {
     Team team;
     Phases phases;
+    Arena arena;
     std::variant<PackedMatrix<float>, PackedMatrix<bf16>> matrix;
 };
 
@@ -66,10 +67,10 @@ Linear* tandem_linear_create(int32_t dtype, int32_t threads, const void* weight,
                              int32_t depth) {
     try {
         return with_type(dtype, [&]<class T>() {
-            auto* linear = new Linear{Team(threads), {}, PackedMatrix<T>()};
+            auto* linear = new Linear{Team(threads), {}, {}, PackedMatrix<T>()};
             const T* rows = static_cast<const T*>(weight);
             std::get<PackedMatrix<T>>(linear->matrix)
-                .pack(columns, depth, linear->team,
+                .pack(columns, depth, linear->arena, linear->team,
                       [&](int column) { return rows + int64_t(column) * depth; });
             return linear;
         });

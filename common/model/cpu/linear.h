@@ -29,12 +29,13 @@ constexpr size_t words(size_t count) {
 
 constexpr int SUMS = MAX_ROWS * TILE;
 
-// sums[row][column] of ROWS x 32 over `steps` words: a[row * a_stride + step] times
+// to[row * to_stride + column] of ROWS x 32 over `steps` words: a[row * a_stride + step] times
 // b[step * b_stride + column]. AHEAD: words of b that are fetched in advance, where it comes from
 // memory; 0: none.
 template <class T, int ROWS, int AHEAD>
 __attribute__((noinline)) void multiply_block(const uint32_t* a, size_t a_stride, const uint32_t* b,
-                                              size_t b_stride, int steps, float* to) {
+                                              size_t b_stride, int steps, float* to,
+                                              size_t to_stride) {
     Lanes sums[ROWS][2];
     for (int r = 0; r < ROWS; ++r) sums[r][0] = sums[r][1] = fill(0.0f);
     for (int step = 0; step < steps; ++step) {
@@ -52,20 +53,20 @@ __attribute__((noinline)) void multiply_block(const uint32_t* a, size_t a_stride
         b += b_stride;
     }
     for (int r = 0; r < ROWS; ++r) {
-        store(to + r * TILE, sums[r][0]);
-        store(to + r * TILE + LANES, sums[r][1]);
+        store(to + r * to_stride, sums[r][0]);
+        store(to + r * to_stride + LANES, sums[r][1]);
     }
 }
 
 // The same for 1..MAX_ROWS rows.
 template <class T, int AHEAD>
 inline void multiply(int rows, const uint32_t* a, size_t a_stride, const uint32_t* b,
-                     size_t b_stride, int steps, float* to) {
-    using Block = void (*)(const uint32_t*, size_t, const uint32_t*, size_t, int, float*);
+                     size_t b_stride, int steps, float* to, size_t to_stride) {
+    using Block = void (*)(const uint32_t*, size_t, const uint32_t*, size_t, int, float*, size_t);
     static constexpr auto blocks = []<int... I>(std::integer_sequence<int, I...>) {
         return std::array<Block, MAX_ROWS>{multiply_block<T, I + 1, AHEAD>...};
     }(std::make_integer_sequence<int, MAX_ROWS>());
-    blocks[rows - 1](a, a_stride, b, b_stride, steps, to);
+    blocks[rows - 1](a, a_stride, b, b_stride, steps, to, to_stride);
 }
 
 // Calls f(first, count) over `rows` in blocks of at most MAX_ROWS, of nearly equal size.
@@ -84,13 +85,13 @@ class PackedMatrix {
     // rows_of(column) is the row of the [.., depth] source that column of the result takes, or
     // null.
     template <class RowOf>
-    void pack(int columns, int depth, Team& team, RowOf row_of) {
+    void pack(int columns, int depth, Arena& arena, Team& team, RowOf row_of) {
         columns_ = columns;
         steps_ = int(words<T>(depth));
         tiles_ = (columns + TILE - 1) / TILE;
-        packed_.resize(size_t(tiles_) * steps_ * TILE + AHEAD);
+        packed_ = arena.take(size_t(tiles_) * steps_ * TILE);
         const auto pack_tile = [&](int tile) {
-            uint32_t* to = packed_.data() + size_t(tile) * steps_ * TILE;
+            uint32_t* to = packed_ + size_t(tile) * steps_ * TILE;
             for (int j = 0; j < TILE; ++j) {
                 const int column = tile * TILE + j;
                 const T* row = column < columns ? row_of(column) : nullptr;
@@ -125,10 +126,10 @@ class PackedMatrix {
         const auto* words_of_a = reinterpret_cast<const uint32_t*>(a);
         alignas(64) float sums[SUMS];
         for (int tile = part.first; tile < part.last; ++tile) {
-            const uint32_t* b = packed_.data() + size_t(tile) * steps_ * TILE;
+            const uint32_t* b = packed_ + size_t(tile) * steps_ * TILE;
             in_blocks(rows, [&](int first, int count) {
                 multiply<T, AHEAD>(count, words_of_a + first * a_stride, a_stride, b, TILE, steps_,
-                                   sums);
+                                   sums, TILE);
                 for (int r = 0; r < count; ++r)
                     finish(first + r, tile * TILE, load(sums + r * TILE),
                            load(sums + r * TILE + LANES));
@@ -140,7 +141,7 @@ class PackedMatrix {
     static constexpr int AHEAD = 1024;  // 4 KB
 
     int columns_ = 0, steps_ = 0, tiles_ = 0;
-    Buffer<uint32_t> packed_;
+    uint32_t* packed_ = nullptr;
 };
 
 }  // namespace tandem

@@ -5,8 +5,10 @@
 #include <sys/mman.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <new>
 #include <utility>
+#include <vector>
 
 namespace tandem {
 
@@ -66,5 +68,30 @@ class Buffer {
 inline size_t round_up(size_t n, size_t multiple) {
     return (n + multiple - 1) / multiple * multiple;
 }
+
+// Memory of many matrices, one after the other, so that small ones too lie in large pages.
+class Arena {
+ public:
+    // Zeros, at a cache line; as long as the arena lives. Throws std::bad_alloc.
+    uint32_t* take(size_t count) {
+        count = round_up(count, 16);
+        if (count > left_) {
+            left_ = count > CHUNK ? count : CHUNK;
+            chunks_.emplace_back(left_);
+            next_ = chunks_.back().data();
+        }
+        uint32_t* taken = next_;
+        next_ += count;
+        left_ -= count;
+        return taken;
+    }
+
+ private:
+    static constexpr size_t CHUNK = size_t(16) << 20;  // words
+
+    std::vector<Buffer<uint32_t>> chunks_;
+    uint32_t* next_ = nullptr;
+    size_t left_ = 0;
+};
 
 }  // namespace tandem

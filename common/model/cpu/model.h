@@ -51,7 +51,8 @@ struct Layer {
     PackedMatrix<T> qkv, o, gate_up, down;
     int window;  // 0: none
 
-    Layer(const Shape& s, const tandem_layer& from, Team& team) : window(from.window) {
+    Layer(const Shape& s, const tandem_layer& from, Arena& arena, Team& team)
+        : window(from.window) {
         const int q_size = s.heads * s.head_dim, kv_size = s.kv_heads * s.head_dim;
         const int qkv_size = q_size + 2 * kv_size;
         input_norm = parameters<T>(from.input_norm, s.hidden, s.hidden_stride());
@@ -61,9 +62,9 @@ struct Layer {
         qkv_bias = parameters<T>(from.qkv_bias, qkv_size, s.qkv_stride());
         o_bias = parameters<T>(from.o_bias, s.hidden, s.hidden_stride());
         down_bias = parameters<T>(from.down_bias, s.hidden, s.hidden_stride());
-        pack(qkv, from.qkv, qkv_size, s.hidden, team);
-        pack(o, from.o, s.hidden, q_size, team);
-        pack(down, from.down, s.hidden, s.inner, team);
+        pack(qkv, from.qkv, qkv_size, s.hidden, arena, team);
+        pack(o, from.o, s.hidden, q_size, arena, team);
+        pack(down, from.down, s.hidden, s.inner, arena, team);
 
         // A tile of gate_up is 16 columns of gate and the same 16 of up, so that one register block
         // holds both arguments of silu(gate) * up.
@@ -73,7 +74,7 @@ struct Layer {
             return index >= s.inner ? -1 : index + (column % TILE < LANES ? 0 : s.inner);
         };
         const T* rows = static_cast<const T*>(from.gate_up);
-        gate_up.pack(columns, s.hidden, team, [&](int column) {
+        gate_up.pack(columns, s.hidden, arena, team, [&](int column) {
             const int row = source(column);
             return row < 0 ? nullptr : rows + int64_t(row) * s.hidden;
         });
@@ -86,9 +87,9 @@ struct Layer {
     }
 
     static void pack(PackedMatrix<T>& matrix, const void* source, int columns, int depth,
-                     Team& team) {
+                     Arena& arena, Team& team) {
         const T* rows = static_cast<const T*>(source);
-        matrix.pack(columns, depth, team,
+        matrix.pack(columns, depth, arena, team,
                     [=](int column) { return rows + int64_t(column) * depth; });
     }
 };

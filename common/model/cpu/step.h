@@ -23,8 +23,9 @@ class Model {
           embedding_(static_cast<const T*>(from.embedding)),
           norm_(parameters<T>(from.norm, shape.hidden, shape.hidden_stride())) {
         layers_.reserve(shape.layers);
-        for (int i = 0; i < shape.layers; ++i) layers_.emplace_back(shape, from.layer[i], team_);
-        Layer<T>::pack(head_, from.head, shape.vocab, shape.hidden, team_);
+        for (int i = 0; i < shape.layers; ++i)
+            layers_.emplace_back(shape, from.layer[i], arena_, team_);
+        Layer<T>::pack(head_, from.head, shape.vocab, shape.hidden, arena_, team_);
         for (int i = 0; i < team_.size(); ++i) attention_.emplace_back(shape);
     }
 
@@ -275,6 +276,7 @@ class Model {
     const Shape s_;
     Team team_;
     Phases phases_;
+    Arena arena_;
     const Pool<T> pool_;
     const T* embedding_;
     std::vector<float> norm_;
