@@ -19,7 +19,7 @@ from tests.system.serving import complete_all, deployment, settled
 
 pytestmark = pytest.mark.system
 
-OUTPUT = 300
+OUTPUT = 2000
 """Long enough that every stream is in the middle when the fault comes."""
 
 
@@ -28,19 +28,19 @@ def some_prompts(count: int) -> list[list[int]]:
     return [tokens(rng, rng.randrange(10, 120)) for _ in range(count)]
 
 
-async def streams_during(
-    client: httpx.AsyncClient, prompts: Sequence[list[int]], fault: "asyncio.Future[None]"
-) -> list[Answer]:
-    """Stream all prompts; resolve `fault` when every one of them has shown a token."""
+async def streams_in_the_middle(
+    client: httpx.AsyncClient, prompts: Sequence[list[int]]
+) -> "list[asyncio.Task[Answer]]":
+    """Streams of all prompts, every one of which has shown a token and none of which ended."""
     events = [asyncio.Event() for _ in prompts]
     tasks = [
         asyncio.create_task(stream(client, prompt, max_tokens=OUTPUT, started=event))
         for prompt, event in zip(prompts, events, strict=True)
     ]
-    await asyncio.gather(*(event.wait() for event in events))
+    async with asyncio.timeout(60):
+        await asyncio.gather(*(event.wait() for event in events))
     assert not any(task.done() for task in tasks), "a stream ended before the fault"
-    fault.set_result(None)
-    return await asyncio.gather(*tasks)
+    return tasks
 
 
 def is_gone(pid: int) -> bool:
@@ -69,23 +69,21 @@ async def run_with_kill(
     pid = served.pid(victim)
     async with http(served.url) as client:
         calm = await complete_all(client, prompts, len(prompts), max_tokens=OUTPUT)
-        fault: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        running = asyncio.create_task(streams_during(client, prompts, fault))
-        await fault
+        running = await streams_in_the_middle(client, prompts)
         os.kill(pid, number)
         if number is signal.SIGKILL:
             await avoided(client, pid, 3.0)
             assert is_gone(pid), "the fault did not happen"
         after = await complete(client, prompts[0], max_tokens=OUTPUT)
         assert after.tokens == calm[0].tokens
-        faulty = await running
+        faulty = await asyncio.gather(*running)
         await settled(client, 15)
     return calm, faulty
 
 
 @pytest.mark.parametrize("victim", ["decode-0", "prefill-0"])
 async def test_killed_worker_costs_no_token(checkpoint: MakeCheckpoint, victim: str) -> None:
-    prompts = some_prompts(12)
+    prompts = some_prompts(6)
     with deployment(checkpoint("llama"), prefill=2, decode=2) as served:
         calm, faulty = await run_with_kill(served, victim, prompts, signal.SIGKILL)
     assert [answer.error for answer in faulty] == [None] * len(prompts)
@@ -133,11 +131,9 @@ async def run_with_kill_of_all(
 ) -> tuple[list[Answer], list[Answer]]:
     async with http(served.url) as client:
         calm = await complete_all(client, prompts, len(prompts), max_tokens=OUTPUT)
-        fault: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        running = asyncio.create_task(streams_during(client, prompts, fault))
-        await fault
+        running = await streams_in_the_middle(client, prompts)
         os.kill(served.pid("decode-0"), signal.SIGKILL)
-        faulty = await running
+        faulty = await asyncio.gather(*running)
         since = len(served.lines)
         while (await client.get("/health")).status_code != 200:
             assert len(served.lines) - since < 500
@@ -151,7 +147,7 @@ async def run_with_kill_of_all(
 async def test_terminated_worker_finishes_what_it_holds(
     checkpoint: MakeCheckpoint, victim: str
 ) -> None:
-    prompts = some_prompts(12)
+    prompts = some_prompts(6)
     with deployment(checkpoint("llama"), prefill=2, decode=2) as served:
         calm, faulty = await run_with_kill(served, victim, prompts, signal.SIGTERM)
         served.wait_for(rf"^{victim} +exited +code 0")
