@@ -3,6 +3,7 @@
 import ast
 import importlib.metadata
 import importlib.util
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -155,3 +156,23 @@ def test_our_top_level_names_are_ours() -> None:
         spec = importlib.util.find_spec(package)
         assert spec is not None and spec.origin is not None
         assert Path(spec.origin).parent == ROOT / package
+
+
+def test_every_module_has_its_line_in_the_architecture() -> None:
+    """`- `file`: what it is`, under the heading of its folder."""
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    sections = re.findall(r"\*\*`(\S+)/`.*\*\*\n\n((?:- .+\n)+)", page)
+    named = {
+        f"{folder}/{file}"
+        for folder, lines in sections
+        for file in re.findall(r"^- `([^`]+)`: \S", lines, re.MULTILINE)
+    }
+    modules = {
+        path.relative_to(ROOT).as_posix()
+        for package in MAY_IMPORT
+        for path in sources(package)
+        if path.name != "__init__.py"
+    }
+    assert modules <= named, f"docs/architecture.md lacks {sorted(modules - named)}"
+    gone = {name for name in named if not (ROOT / name).is_file()}
+    assert not gone, f"docs/architecture.md still has {sorted(gone)}"
