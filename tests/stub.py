@@ -26,6 +26,9 @@ LAYOUT = KvLayout(num_layers=1, num_kv_heads=1, head_dim=4, block_size=16, dtype
 class StubPool:
     """Bytes of a pool; satisfies `kvtransfer.memory.BlockMemory`."""
 
+    shared = None
+    """Peers may not map it."""
+
     def __init__(self, num_blocks: int, layout: KvLayout = LAYOUT) -> None:
         self.layout = layout
         self.num_blocks = num_blocks
