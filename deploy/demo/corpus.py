@@ -20,6 +20,7 @@ from pathlib import Path
 
 SKIPPED_PAGES = (
     "genindex", "py-modindex", "search", "contents", "download", "license", "copyright",
+    "whatsnew", "about", "bugs",
 )  # fmt: skip
 SKIPPED_TAGS = frozenset({"pre", "table", "script", "style", "svg", "nav", "sup", "form"})
 SKIPPED_DIRECTORIES = frozenset(
@@ -64,7 +65,9 @@ def clean(text: str) -> str:
     text = re.sub(r"\s+", " ", text.translate(ASCII)).strip()
     text = re.sub(r"\s*\((?:Contributed|Suggested|Patch|Written|Implemented)\b[^()]*\)", "", text)
     text = re.sub(r"\s*\(?\bbpo-\d+\)?", "", text)
-    return re.sub(r"\s+([.,;:!?])(?=\s|$)", r"\1", text)
+    text = re.sub(r"\s+([.,;:!?])(?=\s|$)", r"\1", text)
+    # A last sentence that ends in a colon introduces code or a list, which is not there.
+    return re.sub(r"(?:^|(?<=[.!?]) )(?:(?![.!?] ).)*:$", "", text)
 
 
 def is_prose(text: str) -> bool:
@@ -161,7 +164,7 @@ def read_pages(root: Path) -> Iterator[Document]:
     """The pages below ``root`` in the order of their names, without indexes and change logs."""
     for path in sorted(root.rglob("*.html")):
         name = path.relative_to(root).as_posix()
-        if name.startswith(SKIPPED_PAGES) or name == "whatsnew/changelog.html":
+        if name.startswith(SKIPPED_PAGES):
             continue
         page = Page(name)
         page.feed(path.read_text(encoding="utf-8", errors="replace"))

@@ -1,11 +1,11 @@
 """Trains the demo model: ``python -m deploy.demo.train --steps 6000 --minutes 75``.
 
-The text is assembled by ``corpus.py``, ``chat.py`` and ``data.py``.  Given the seed, the number of
-steps and the number of threads, a run is a function of its text: the batch of a step depends on the
-seed and the step only, so that ``--resume`` continues as if nothing had happened.  ``--minutes``
-only stops.
+The text is assembled by ``corpus.py``, ``chat.py`` and ``data.py``.  A run is a function of its
+text, the seed and the number of steps: the batch of a step depends on the seed and the step only,
+so that ``--resume`` continues as if nothing had happened, and the two halves of a batch are
+computed by a thread each and added in a fixed order.  ``--minutes`` only stops.
 
-The last fifth of the steps adds sequence-level unlikelihood (Welleck et al., 2019): the model
+The last quarter of the steps adds sequence-level unlikelihood (Welleck et al., 2019): the model
 continues some prefixes greedily, and tokens that complete an n-gram already seen are made less
 likely.  Without it a model of this size loops under greedy decoding.
 """
@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,10 @@ from deploy.demo.export import export
 
 HERE = Path(__file__).resolve().parent
 CONTEXT = 2048
-BATCH, LENGTH = 16, 256  # of most steps
+BATCH, LENGTH, HALVES = 16, 256, 2  # of most steps
 LONG_BATCH, LONG_EVERY, LONG_FROM = 2, 8, 0.6  # every eighth step, the whole context
-REPEAT_EVERY, REPEAT_FROM, REPEAT_WEIGHT = 4, 0.8, 0.5
-PREFIX, CONTINUATION, NGRAM = 24, 80, 5
+REPEAT_EVERY, REPEAT_FROM, REPEAT_WEIGHT = 4, 0.75, 1.0
+PREFIX, CONTINUATION, NGRAM = 12, 64, 5
 PEAK_RATE, WARMUP, DECAY_FROM = 3e-3, 100, 0.6
 
 
@@ -62,8 +63,11 @@ def repeated(tokens: list[int], start: int) -> list[int]:
 
 
 def repetition(model: Any, prefixes: torch.Tensor, eos: int) -> torch.Tensor:
-    """The unlikelihood of the repeats in the greedy continuations of ``prefixes``."""
-    model.eval()
+    """The unlikelihood of the repeats in the greedy continuations of ``prefixes``.
+
+    It is a mean over all tokens generated, so that it vanishes as the repeats do: a mean over the
+    repeats alone keeps its weight to the end and costs the model its fluency.
+    """
     with torch.no_grad():
         tokens, cache = prefixes, None
         for _ in range(CONTINUATION):
@@ -71,7 +75,6 @@ def repetition(model: Any, prefixes: torch.Tensor, eos: int) -> torch.Tensor:
             output = model(input_ids=fed, past_key_values=cache, use_cache=True)
             cache = output.past_key_values
             tokens = torch.cat([tokens, output.logits[:, -1:].argmax(-1)], dim=1)
-    model.train()
     mask = torch.zeros_like(tokens[:, 1:], dtype=torch.float32)
     for row, sequence in enumerate(tokens.tolist()):
         end = sequence.index(eos, PREFIX) if eos in sequence[PREFIX:] else len(sequence)
@@ -83,7 +86,16 @@ def repetition(model: Any, prefixes: torch.Tensor, eos: int) -> torch.Tensor:
         logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
     chosen = functional.log_softmax(logits.float(), -1).gather(-1, tokens[:, 1:, None])[..., 0]
     unlikelihood = -torch.log1p(-chosen.exp().clamp(max=1 - 1e-4))
-    return (unlikelihood * mask).sum() / mask.sum()
+    return (unlikelihood * mask).sum() / (CONTINUATION * len(tokens))
+
+
+def gradients(model: Any, tokens: torch.Tensor, unlikely: bool) -> tuple[float, float, list[Any]]:
+    """Loss, unlikelihood and gradients of a part of a batch, computed by the calling thread."""
+    loss, extra = cross_entropy(model, tokens), torch.zeros(())
+    if unlikely:
+        extra = repetition(model, tokens[:, :PREFIX], model.config.eos_token_id)
+    parts = torch.autograd.grad(loss + REPEAT_WEIGHT * extra, list(model.parameters()))
+    return loss.item(), extra.item(), list(parts)
 
 
 @torch.no_grad()
@@ -111,65 +123,72 @@ def build(tokenizer: Any, seed: int) -> Any:
         eos_token_id=tokenizer.token_to_id(chat.EOS),
         pad_token_id=tokenizer.token_to_id(chat.PAD),
     )
-    return LlamaForCausalLM(config)
+    model: Any = LlamaForCausalLM(config)
+    return model.eval()  # there is no dropout
 
 
 def train(arguments: argparse.Namespace) -> None:
     began = time.monotonic()
-    torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(1)
     arguments.work.mkdir(parents=True, exist_ok=True)
     tokenizer, data, facts = prepare(arguments.docs, arguments.package, arguments.seed)
     print(json.dumps(facts["corpus"]), flush=True)
     model = build(tokenizer, arguments.seed)
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim == 1]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.95), fused=True)
+    parameters = list(model.parameters())
+    embedding = model.get_input_embeddings().weight
+    hidden = [p for p in parameters if p.ndim == 2 and p is not embedding]
+    others = [p for p in parameters if p.ndim == 1 or p is embedding]
+    optimizers = [
+        torch.optim.Muon(hidden, lr=PEAK_RATE, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=PEAK_RATE, weight_decay=0.0, betas=(0.9, 0.95)),
+    ]
     checkpoint = arguments.work / "checkpoint.pt"
-    step, spent, curve = 0, 0.0, []
+    step, spent, curve, average = 0, 0.0, [], math.nan
     if arguments.resume and checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         if state["sha256"] != facts["corpus"]["sha256"]:
             raise SystemExit("the checkpoint belongs to another text")
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
         step, spent, curve = state["step"], state["seconds"], state["curve"]
+        average = state.get("average", math.nan)
 
     def save() -> None:
         torch.save(
             {
-                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
+                "model": model.state_dict(), "step": step,
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                 "seconds": spent + time.monotonic() - began, "curve": curve,
-                "sha256": facts["corpus"]["sha256"],
+                "average": average, "sha256": facts["corpus"]["sha256"],
             },
             checkpoint.with_suffix(".new"),
         )  # fmt: skip
         checkpoint.with_suffix(".new").replace(checkpoint)
 
-    saved, average, repeats, eos = time.monotonic(), math.nan, math.nan, model.config.eos_token_id
-    model.train()
+    saved, repeats = time.monotonic(), math.nan
+    workers = ThreadPoolExecutor(HALVES, initializer=torch.set_num_threads, initargs=(1,))
     while step < arguments.steps and time.monotonic() - began < arguments.minutes * 60:
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = rate(step, arguments.steps)
         progress = step / arguments.steps
         whole = progress >= LONG_FROM and step % LONG_EVERY == 0
+        unlikely = progress >= REPEAT_FROM and step % REPEAT_EVERY == 1
         rows, length = (LONG_BATCH, CONTEXT) if whole else (BATCH, LENGTH)
-        tokens = batch(data, arguments.seed, step, rows, length)
-        loss: Any = cross_entropy(model, tokens)
-        average = loss.item() if math.isnan(average) else 0.98 * average + 0.02 * loss.item()
-        if progress >= REPEAT_FROM and step % REPEAT_EVERY == 1:
-            extra = repetition(model, tokens[:, :PREFIX], eos)
-            repeats = extra.item()
-            loss = loss + REPEAT_WEIGHT * extra
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        halves = batch(data, arguments.seed, step, rows, length).chunk(HALVES)
+        results = list(workers.map(lambda half, u=unlikely: gradients(model, half, u), halves))
+        loss = sum(result[0] for result in results) / HALVES
+        average = loss if math.isnan(average) else 0.98 * average + 0.02 * loss
+        if unlikely:
+            repeats = sum(result[1] for result in results) / HALVES
+        for parameter, *parts in zip(parameters, *(result[2] for result in results), strict=True):
+            parameter.grad = sum(parts) / HALVES
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
         step += 1
         if step % 250 == 0 or step == arguments.steps:
-            model.eval()
             curve.append([step, round(average, 4), round(evaluate(model, data.held_out), 4)])
-            model.train()
         if step % 50 == 0:
             seconds = spent + time.monotonic() - began
             print(f"step {step}/{arguments.steps} loss {average:.3f} repeats {repeats:.3f} "
@@ -193,7 +212,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--minutes", type=float, default=75.0, help="stop after this long")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
     parser.add_argument("--work", type=Path, default=Path(".cache/demo"), help="for checkpoints")
     parser.add_argument("--out", type=Path, default=HERE / "model")
