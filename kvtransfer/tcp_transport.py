@@ -168,8 +168,8 @@ class TcpStream(asyncio.BufferedProtocol):
 
     transport = "tcp"
 
-    def __init__(self, accepted: "asyncio.Queue[TcpStream]", block_bytes: int) -> None:
-        self._accepted = accepted
+    def __init__(self, listener: "TcpListener", block_bytes: int) -> None:
+        self._listener = listener
         self._block_bytes = block_bytes
         self._connection: asyncio.Transport | None = None
         self._is_lost = False
@@ -240,7 +240,7 @@ class TcpStream(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport), transport
         self._connection = transport
-        self._accepted.put_nowait(self)
+        self._listener.made(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._is_lost = True
@@ -325,13 +325,14 @@ class TcpListener:
         self.address = ""
         self._accepted: asyncio.Queue[TcpStream] = asyncio.Queue()
         self._server: asyncio.Server | None = None
+        self._is_closed = False
 
     @classmethod
     async def listen(cls, host: str, block_bytes: int) -> "TcpListener":
         """Raises OSError if `host` cannot be bound."""
         self = cls()
         self._server = await asyncio.get_running_loop().create_server(
-            lambda: TcpStream(self._accepted, block_bytes), host, 0
+            lambda: TcpStream(self, block_bytes), host, 0
         )
         port = self._server.sockets[0].getsockname()[1]
         self.address = f"tcp://{f'[{host}]' if ':' in host else host}:{port}"
@@ -340,7 +341,15 @@ class TcpListener:
     async def accept(self) -> TcpStream:
         return await self._accepted.get()
 
+    def made(self, stream: TcpStream) -> None:
+        """A connection is up. It may have been under way when the listener was closed."""
+        if self._is_closed:
+            stream.close()
+        else:
+            self._accepted.put_nowait(stream)
+
     def close(self) -> None:
+        self._is_closed = True
         if self._server is not None:
             self._server.close()
         while not self._accepted.empty():
