@@ -3,7 +3,7 @@
 PYTHON ?= python3
 # Package index for torch alone, such as that of its CPU builds; empty: pip's own configuration.
 TORCH_INDEX ?=
-TORCH := torch>=2.8,<2.14
+TORCH := torch>=2.9,<2.14
 
 # For `make serve`; ARGS takes any flag of `tandem up`.
 PORT ?= 8000

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from contextlib import aclosing
-from typing import cast
+from typing import Final, cast
 
 import zmq
 import zmq.asyncio
@@ -32,6 +32,9 @@ from common.messages import (
 __all__ = ["Down", "LinkEvent", "Message", "RouterLink", "Up", "WorkerLink"]
 
 log = logging.getLogger(__name__)
+
+LINGER_MS: Final = 1000
+"""How long `WorkerLink.close` waits for the routers to take what was said last."""
 
 
 class WorkerLink:
@@ -75,7 +78,8 @@ class WorkerLink:
         """Only after whoever awaits `receive` was cancelled."""
         self._socket.disable_monitor()
         self._monitor.close(linger=0)
-        self._socket.close(linger=0)
+        # What a worker said last, the last tokens of a stream included, may still be in the queue.
+        self._socket.close(linger=LINGER_MS)
         self._context.term()
 
     def set_info(self, info: WorkerInfo) -> None:

@@ -4,7 +4,6 @@ Used by `common.model.weights` alone. Every way in which files can be wrong ends
 of one line that names the file or the tensor.
 """
 
-import json
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -14,9 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from common.errors import ModelError
+from common.shards import shard_paths
 
-SINGLE: Final = "model.safetensors"
-INDEX: Final = "model.safetensors.index.json"
 DISK_DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -37,7 +35,7 @@ class Checkpoint:
         """Tensor name -> the open file that holds it."""
         self._directory = directory
         try:
-            for path in _paths(directory):
+            for path in shard_paths(directory):
                 file = self._open(path)
                 for name in file.keys():
                     self._files[name] = file
@@ -91,26 +89,6 @@ class Checkpoint:
             raise ModelError(
                 f"checkpoint file {path} is corrupt or truncated: {_one_line(error)}"
             ) from None
-
-
-def _paths(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint; an index, if there is one, decides."""
-    index = directory / INDEX
-    if not index.exists():
-        single = directory / SINGLE
-        if not single.exists():
-            raise ModelError(
-                f"no safetensors weights in {directory} (looked for {SINGLE} and {INDEX})"
-            )
-        return [single]
-    try:
-        names = set(json.loads(index.read_bytes())["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise ModelError(f"{index} is not a valid safetensors index: {_one_line(error)}") from None
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise ModelError(f"{index} names {name!r}, which is no file beside it")
-    return [directory / name for name in sorted(names)]
 
 
 def _one_line(error: Exception) -> str:

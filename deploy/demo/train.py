@@ -5,14 +5,14 @@ text, the seed and the number of steps: the batch of a step depends on the seed 
 so that ``--resume`` continues as if nothing had happened, and the two halves of a batch are
 computed by a thread each and added in a fixed order.  ``--minutes`` only stops.
 
-The last quarter of the steps adds sequence-level unlikelihood (Welleck et al., 2019): the model
-continues some prefixes greedily, and tokens that complete an n-gram already seen are made less
-likely.  Without it a model of this size loops under greedy decoding.
+Every third step of the last quarter adds the losses of ``repetition.py``, without which a model of
+this size loops under greedy decoding.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import time
@@ -25,7 +25,7 @@ import torch
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from deploy.demo import chat
+from deploy.demo import chat, repetition
 from deploy.demo.data import VOCABULARY, Tokens, batch, prepare
 from deploy.demo.export import export
 
@@ -33,8 +33,7 @@ HERE = Path(__file__).resolve().parent
 CONTEXT = 2048
 BATCH, LENGTH, HALVES = 16, 256, 2  # of most steps
 LONG_BATCH, LONG_EVERY, LONG_FROM = 2, 8, 0.6  # every eighth step, the whole context
-REPEAT_EVERY, REPEAT_FROM, REPEAT_WEIGHT = 4, 0.75, 1.0
-PREFIX, CONTINUATION, NGRAM = 12, 64, 5
+REPEAT_EVERY, REPEAT_FROM, REPEAT_WEIGHT = 3, 0.75, 0.5
 PEAK_RATE, WARMUP, DECAY_FROM = 3e-3, 100, 0.6
 
 
@@ -50,50 +49,18 @@ def cross_entropy(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     return functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 
-def repeated(tokens: list[int], start: int) -> list[int]:
-    """The positions from ``start`` on that complete an n-gram which occurred before."""
-    seen: set[tuple[int, ...]] = set()
-    found = []
-    for end in range(NGRAM, len(tokens) + 1):
-        gram = tuple(tokens[end - NGRAM : end])
-        if gram in seen and end > start:
-            found.append(end - 1)
-        seen.add(gram)
-    return found
+def gradients(
+    model: Any, tokens: torch.Tensor, rng: np.random.Generator | None
+) -> tuple[float, float, list[Any]]:
+    """Loss, repetition loss and gradients of a part of a batch, computed by the calling thread.
 
-
-def repetition(model: Any, prefixes: torch.Tensor, eos: int) -> torch.Tensor:
-    """The unlikelihood of the repeats in the greedy continuations of ``prefixes``.
-
-    It is a mean over all tokens generated, so that it vanishes as the repeats do: a mean over the
-    repeats alone keeps its weight to the end and costs the model its fluency.
+    The losses of ``repetition.py`` are added where ``rng``, which chooses their spans, is given.
     """
-    with torch.no_grad():
-        tokens, cache = prefixes, None
-        for _ in range(CONTINUATION):
-            fed = tokens if cache is None else tokens[:, -1:]
-            output = model(input_ids=fed, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            tokens = torch.cat([tokens, output.logits[:, -1:].argmax(-1)], dim=1)
-    mask = torch.zeros_like(tokens[:, 1:], dtype=torch.float32)
-    for row, sequence in enumerate(tokens.tolist()):
-        end = sequence.index(eos, PREFIX) if eos in sequence[PREFIX:] else len(sequence)
-        for position in repeated(sequence[:end], PREFIX):
-            mask[row, position - 1] = 1.0
-    if not mask.any():
-        return torch.zeros(())
-    with torch.autocast("cpu", torch.bfloat16):
-        logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
-    chosen = functional.log_softmax(logits.float(), -1).gather(-1, tokens[:, 1:, None])[..., 0]
-    unlikelihood = -torch.log1p(-chosen.exp().clamp(max=1 - 1e-4))
-    return (unlikelihood * mask).sum() / (CONTINUATION * len(tokens))
-
-
-def gradients(model: Any, tokens: torch.Tensor, unlikely: bool) -> tuple[float, float, list[Any]]:
-    """Loss, unlikelihood and gradients of a part of a batch, computed by the calling thread."""
     loss, extra = cross_entropy(model, tokens), torch.zeros(())
-    if unlikely:
-        extra = repetition(model, tokens[:, :PREFIX], model.config.eos_token_id)
+    if rng is not None:
+        bos, eos = model.config.bos_token_id, model.config.eos_token_id
+        extra = repetition.pseudo_repetition(model, tokens, rng, bos, len(chat.SPECIAL_TOKENS))
+        extra = extra + repetition.unlikelihood(model, tokens, bos, eos)
     parts = torch.autograd.grad(loss + REPEAT_WEIGHT * extra, list(model.parameters()))
     return loss.item(), extra.item(), list(parts)
 
@@ -173,13 +140,17 @@ def train(arguments: argparse.Namespace) -> None:
             group["lr"] = rate(step, arguments.steps)
         progress = step / arguments.steps
         whole = progress >= LONG_FROM and step % LONG_EVERY == 0
-        unlikely = progress >= REPEAT_FROM and step % REPEAT_EVERY == 1
+        repeats_too = progress >= REPEAT_FROM and step % REPEAT_EVERY == 1 and not whole
+        rngs = [
+            np.random.default_rng([arguments.seed, step, half]) if repeats_too else None
+            for half in range(HALVES)
+        ]
         rows, length = (LONG_BATCH, CONTEXT) if whole else (BATCH, LENGTH)
         halves = batch(data, arguments.seed, step, rows, length).chunk(HALVES)
-        results = list(workers.map(lambda half, u=unlikely: gradients(model, half, u), halves))
+        results = list(workers.map(functools.partial(gradients, model), halves, rngs))
         loss = sum(result[0] for result in results) / HALVES
         average = loss if math.isnan(average) else 0.98 * average + 0.02 * loss
-        if unlikely:
+        if repeats_too:
             repeats = sum(result[1] for result in results) / HALVES
         for parameter, *parts in zip(parameters, *(result[2] for result in results), strict=True):
             parameter.grad = sum(parts) / HALVES

@@ -170,11 +170,11 @@ def test_missing_shard(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
         ("{}", "DIR/model.safetensors.index.json is not a valid safetensors index: "),
         (
             json.dumps({"weight_map": {"x": "../model.safetensors"}}),
-            "DIR/model.safetensors.index.json names '../model.safetensors', which is no file",
+            "DIR/model.safetensors.index.json names '../model.safetensors', which is no",
         ),
         (
             json.dumps({"weight_map": {"x": 7}}),
-            "DIR/model.safetensors.index.json names 7, which is no file",
+            "DIR/model.safetensors.index.json names 7, which is no",
         ),
     ],
 )
