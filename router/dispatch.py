@@ -17,10 +17,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from common.blockhash import pack_tokens
 from common.errors import RequestError
 from common.link import RouterLink
-from common.messages import Admit, Cancel, Failed, Output, Prefill
+from common.messages import Cancel, Failed, Output
 from router.directory import Directory
 from router.errors import internal, unavailable
 from router.fleet import Fleet
@@ -28,6 +27,7 @@ from router.metrics import RouterMetrics
 from router.placement import View, place
 from router.request import Attempt, Delta, Request
 from router.waiting import Entry, WaitingQueue
+from router.work import assignments
 
 log = logging.getLogger(__name__)
 
@@ -148,42 +148,15 @@ class Dispatcher:
         for worker in attempt.workers():
             request.content_id = self._fleet[worker].info.content_id
         self._fleet.reserve(attempt)
-        self._send(request, attempt, outputs)
+        self._send(request, attempt)
         return True
 
-    def _send(self, request: Request, attempt: Attempt, outputs: Sequence[int]) -> None:
+    def _send(self, request: Request, attempt: Attempt) -> None:
         """`Prefill` to P and `Admit` to D, both at once."""
-        tokens = request.packed + pack_tokens(outputs) if outputs else request.packed
         prefill = self._fleet[attempt.prefill].peer if attempt.prefill is not None else None
         decode = self._fleet[attempt.decode].peer if attempt.decode is not None else None
-        if decode is not None:
-            self._link.send(
-                decode.id,
-                Admit(
-                    request=request.id,
-                    attempt=attempt.number,
-                    tokens=tokens,
-                    prompt_len=len(request.prompt),
-                    choices=attempt.choices,
-                    params=request.params,
-                    salt=request.salt,
-                    prefill=prefill,
-                ),
-            )
-        if prefill is not None:
-            self._link.send(
-                prefill.id,
-                Prefill(
-                    request=request.id,
-                    attempt=attempt.number,
-                    tokens=tokens,
-                    prompt_len=len(request.prompt),
-                    choices=attempt.choices,
-                    params=request.params,
-                    salt=request.salt,
-                    decode=decode,
-                ),
-            )
+        for worker, message in assignments(request, attempt, prefill, decode):
+            self._link.send(worker, message)
         mode = "local" if prefill is None else "remote" if decode is not None else "prefill_only"
         self._metrics.placements.labels(mode).inc()
         log.debug(
