@@ -130,9 +130,9 @@ class Endpoint:
 
     async def close(self) -> None:
         """Close all sockets. What is still live is not reported: drain or reset before."""
+        await cancel([*self._tasks, *self._readers])
         for listener in self._listeners:
             listener.close()
-        await cancel([*self._tasks, *self._readers])
         self._intake.close()
         for peer in list(self._channels):
             await self._channels.pop(peer).close()

@@ -18,6 +18,7 @@ from typing import Final
 
 from common.errors import ProtocolError
 from common.kv.shared import NONCE_BYTES, PeerBlocks
+from kvtransfer.accepting import accept, readable
 from kvtransfer.memory import BlockMemory, copy_block
 from kvtransfer.outgoing import Shipment
 from kvtransfer.protocol import (
@@ -186,7 +187,7 @@ class ShmStream:
     async def _meet(self) -> None:
         """Map the sender's pool and prove it. Raises OSError, ProtocolError."""
         check_user(self._socket)
-        await _readable(self._socket)
+        await readable(self._socket)
         data, descriptors, _, _ = socket.recv_fds(
             self._socket, MAX_MESSAGE_BYTES, 1, socket.MSG_CMSG_CLOEXEC
         )
@@ -221,8 +222,7 @@ class ShmListener:
             raise
 
     async def accept(self) -> ShmStream:
-        connection, _ = await asyncio.get_running_loop().sock_accept(self._socket)
-        return ShmStream(connection, self._block_bytes)
+        return ShmStream(await accept(self._socket), self._block_bytes)
 
     def close(self) -> None:
         self._socket.close()
@@ -235,13 +235,3 @@ def check_user(connection: socket.socket) -> None:
     _, uid, _ = _CREDENTIALS.unpack(credentials)
     if uid != os.geteuid():
         raise PermissionError(f"the other end of the Unix socket belongs to user {uid}")
-
-
-async def _readable(connection: socket.socket) -> None:
-    loop = asyncio.get_running_loop()
-    ready = loop.create_future()
-    loop.add_reader(connection, ready.set_result, None)
-    try:
-        await ready
-    finally:
-        loop.remove_reader(connection)

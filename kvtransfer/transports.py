@@ -13,7 +13,8 @@ import zmq.asyncio
 from common.errors import ConfigError
 from kvtransfer.memory import BlockMemory
 from kvtransfer.shm_transport import ShmListener, ShmOutlet
-from kvtransfer.tcp_transport import TcpListener, TcpOutlet
+from kvtransfer.tcp_stream import TcpListener
+from kvtransfer.tcp_transport import TcpOutlet
 from kvtransfer.transport import Listener, Outlet
 from kvtransfer.zmq_transport import ZmqListener, ZmqOutlet
 

@@ -1,8 +1,15 @@
 """A TCP proxy between two endpoints that can cut its connections, or swallow what passes."""
 
 import asyncio
+import socket
+import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+
+from kvtransfer.accepting import accept
+
+RESET = struct.pack("ii", 1, 0)
+"""SO_LINGER: closing throws away what is under way."""
 
 
 class Proxy:
@@ -11,8 +18,8 @@ class Proxy:
     def __init__(self, target: str) -> None:
         self._host, _, port = target.removeprefix("tcp://").rpartition(":")
         self._port = int(port)
-        self._writers: set[asyncio.StreamWriter] = set()
-        self._pumps: set[asyncio.Task[None]] = set()
+        self._bridges: set[asyncio.Task[None]] = set()
+        self._open: set[socket.socket] = set()
         self.address = ""
         self.num_connections = 0
         self.forwarded = 0
@@ -21,47 +28,63 @@ class Proxy:
         """Read on, forward nothing: a black hole with open sockets."""
 
     async def start(self) -> None:
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
-        self.address = f"tcp://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener.setblocking(False)
+        self.address = f"tcp://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._acceptor = asyncio.get_running_loop().create_task(self._accept())
 
     async def close(self) -> None:
-        self._server.close()
+        self._acceptor.cancel()
         self.cut()
-        if self._pumps:
-            await asyncio.wait(self._pumps)
-        await self._server.wait_closed()
+        await asyncio.wait([self._acceptor, *self._bridges])
+        self._listener.close()
 
     def cut(self) -> None:
         """Reset every connection; new ones are accepted."""
-        for writer in self._writers:
-            writer.transport.abort()
+        for connection in self._open:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        for bridge in self._bridges:
+            bridge.cancel()
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.num_connections += 1
-        far_reader, far_writer = await asyncio.open_connection(self._host, self._port)
-        self._writers |= {writer, far_writer}
+    async def _accept(self) -> None:
+        while True:
+            near = await accept(self._listener)
+            self.num_connections += 1
+            bridge = asyncio.get_running_loop().create_task(self._bridge(near))
+            self._bridges.add(bridge)
+            bridge.add_done_callback(self._bridges.discard)
+
+    async def _bridge(self, near: socket.socket) -> None:
+        """Both directions of one connection; it ends with the first of them."""
         loop = asyncio.get_running_loop()
-        for source, sink, counts in ((reader, far_writer, True), (far_reader, writer, False)):
-            task = loop.create_task(self._pump(source, sink, counts))
-            self._pumps.add(task)
-            task.add_done_callback(self._pumps.discard)
+        with near, socket.socket() as far:
+            far.setblocking(False)
+            self._open |= {near, far}
+            pumps: list[asyncio.Task[None]] = []
+            try:
+                await loop.sock_connect(far, (self._host, self._port))
+                for source, sink, counts in ((near, far, True), (far, near, False)):
+                    pumps.append(loop.create_task(self._pump(source, sink, counts)))
+                await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+            except ConnectionError:
+                pass  # nobody is there any more
+            finally:
+                for pump in pumps:
+                    pump.cancel()
+                await asyncio.gather(*pumps, return_exceptions=True)
+                self._open -= {near, far}
 
-    async def _pump(
-        self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, counts: bool
-    ) -> None:
+    async def _pump(self, source: socket.socket, sink: socket.socket, counts: bool) -> None:
+        loop = asyncio.get_running_loop()
         try:
-            while data := await source.read(1 << 16):
+            while data := await loop.sock_recv(source, 1 << 16):
                 if self.swallow:
                     continue
-                sink.write(data)
-                await sink.drain()
+                await loop.sock_sendall(sink, data)
                 if counts:
                     self.forwarded += len(data)
         except ConnectionError:
             pass  # cut: by the test, or by an endpoint that closed
-        finally:
-            sink.transport.abort()
-            self._writers.discard(sink)
 
 
 @asynccontextmanager
