@@ -113,7 +113,24 @@ class ExposureConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorkerConfig(LogConfig, TimerConfig, RedisConfig, ModelConfig, ExposureConfig):
+class CurveConfig:
+    """CurveZMQ between the processes; see `common.curve`."""
+
+    curve_key: str | None = flag(
+        None, "file with this process's secret CurveZMQ key (`tandem keygen` writes one); links "
+        "between processes are then encrypted and authenticated"
+    )  # fmt: skip
+    curve_allow: str | None = flag(
+        None, "directory with the public keys (*.key) of the processes that may connect"
+    )
+
+    def __post_init__(self) -> None:
+        if (self.curve_key is None) != (self.curve_allow is None):
+            raise ConfigError("--curve-key and --curve-allow go together")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerConfig(LogConfig, TimerConfig, RedisConfig, ModelConfig, ExposureConfig, CurveConfig):
     """One prefill or decode worker."""
 
     worker_host: str = flag("127.0.0.1", "address that the worker binds and announces")
@@ -126,12 +143,13 @@ class WorkerConfig(LogConfig, TimerConfig, RedisConfig, ModelConfig, ExposureCon
         # One call each: the bases are siblings and do not call each other.
         TimerConfig.__post_init__(self)
         ModelConfig.__post_init__(self)
+        CurveConfig.__post_init__(self)
         if self.threads < 0:
             raise ConfigError("--threads must not be negative")
-        if not is_loopback(self.worker_host) and not self.insecure:
+        if not is_loopback(self.worker_host) and self.curve_key is None and not self.insecure:
             raise ConfigError(
-                f"--worker-host {self.worker_host} can be reached by other machines and the links "
-                "between workers are not authenticated: on a private network add --insecure"
+                f"--worker-host {self.worker_host} can be reached by other machines: set "
+                "--curve-key, or trust everybody there with --insecure"
             )
 
 
@@ -155,7 +173,7 @@ class HttpConfig(ExposureConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RouterConfig(LogConfig, TimerConfig, RedisConfig, HttpConfig):
+class RouterConfig(LogConfig, TimerConfig, RedisConfig, HttpConfig, CurveConfig):
     """One router."""
 
     model: str | None = flag(None, "checkpoint directory or Hub id whose tokenizer is used")
@@ -165,10 +183,11 @@ class RouterConfig(LogConfig, TimerConfig, RedisConfig, HttpConfig):
     def __post_init__(self) -> None:
         TimerConfig.__post_init__(self)
         HttpConfig.__post_init__(self)
+        CurveConfig.__post_init__(self)
 
 
 @dataclass(frozen=True, kw_only=True)
-class UpConfig(LogConfig, TimerConfig, RedisConfig, ModelConfig, HttpConfig):
+class UpConfig(LogConfig, TimerConfig, RedisConfig, ModelConfig, HttpConfig, CurveConfig):
     """A whole deployment on this machine."""
 
     prefill: int = flag(1, "prefill workers; 0: the decode workers prefill themselves")
@@ -182,6 +201,7 @@ class UpConfig(LogConfig, TimerConfig, RedisConfig, ModelConfig, HttpConfig):
         TimerConfig.__post_init__(self)
         ModelConfig.__post_init__(self)
         HttpConfig.__post_init__(self)
+        CurveConfig.__post_init__(self)
         if self.prefill < 0 or self.decode < 1:
             raise ConfigError("--prefill must be at least 0 and --decode at least 1")
         if self.threads < 0:

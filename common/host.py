@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from msgspec.structs import replace
 
 from common.config import WorkerConfig
+from common.curve import CurveKeys
 from common.events import (
     Announce,
     Crashed,
@@ -148,7 +149,8 @@ class Host:
         self._loop.set_exception_handler(self._crash)
         await check_redis(self._redis)
         async with AsyncExitStack() as closing:
-            self._link = WorkerLink(self._config.worker_host, self._config)
+            keys = CurveKeys.load(self._config)
+            self._link = WorkerLink(self._config.worker_host, self._config, keys)
             closing.push_async_callback(self._link.close)
             await self._link.start()
             await self._endpoint.start()
@@ -160,6 +162,7 @@ class Host:
                 address=self._link.address,
                 kv_address=self._endpoint.address,
                 metrics_url=f"{self._monitor.url}/metrics",
+                curve_key="" if keys is None else keys.public.decode(),
             )
             self._link.set_info(self._info)
             config = self._config

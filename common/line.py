@@ -21,6 +21,7 @@ import zmq.asyncio
 from zmq.utils.monitor import parse_monitor_message
 
 from common.config import TimerConfig
+from common.curve import Caller, CurveKeys
 from common.errors import ProtocolError
 from common.messages import (
     VERSION,
@@ -64,8 +65,8 @@ class Down:
     """Everything that the worker was doing for this router is lost.
 
     reason: `closed` (connection), `silent` (missed heartbeats), `epoch` (the worker began a new
-    life), `moved` (new address), `full` (it does not read); `address`, `version` or `id`: it
-    never was up and is not tried again until the registry shows another epoch or address.
+    life), `moved` (new address), `full` (it does not read); `address`, `version`, `id` or `key`:
+    it never was up and is not tried again until the registry shows another epoch or address.
     """
 
     worker_id: str
@@ -108,14 +109,21 @@ class Line:
     """`info` is what the registry says until the worker is up, then what it said itself."""
 
     def __init__(
-        self, context: zmq.asyncio.Context, router: str, info: WorkerInfo, timers: TimerConfig
+        self,
+        context: zmq.asyncio.Context,
+        router: str,
+        info: WorkerInfo,
+        timers: TimerConfig,
+        keys: CurveKeys | None,
     ) -> None:
+        caller = Caller(keys, info.curve_key)
         self.info = info
         self.up = False
         self.refused = False
         self.malformed = 0
         self._router = router
         self._timers = timers
+        self._objection = caller.objection
         self._greeted = False
         """The ZMTP handshake of the present connection is done."""
         self._pings = 0
@@ -128,8 +136,10 @@ class Line:
         # Never begins with a zero byte, which ZMQ keeps for identities of its own making.
         identity = b"r" + blake2b(router.encode(), digest_size=7).digest() + secrets.token_bytes(8)
         self._socket.setsockopt(zmq.IDENTITY, identity)
+        if not self._objection:
+            caller.prepare(self._socket)
         self._monitor: zmq.asyncio.Socket = self._socket.get_monitor_socket(
-            zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+            zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_DISCONNECTED
         )
 
     def close(self) -> None:
@@ -143,6 +153,9 @@ class Line:
 
     async def events(self) -> AsyncGenerator[LinkEvent, None]:
         """Up, then Messages, then one Down; or only a Down. Nothing while it cannot connect."""
+        if self._objection:
+            yield self._refuse_key()
+            return
         try:
             self._socket.connect(self.info.address)
         except zmq.ZMQError as error:
@@ -156,6 +169,9 @@ class Line:
         while True:
             await poller.poll(max(0.0, tick - time.monotonic()) * 1000)
             lost = await self._read_monitor() and self.up
+            if self._objection:
+                yield self._refuse_key()
+                return
             for message in await self._unread(everything=lost):
                 event = self._take(message)
                 if event is not None:
@@ -177,10 +193,12 @@ class Line:
         """Greets after each handshake; True if a connection was lost."""
         lost = False
         while (frames := await _try_receive(self._monitor)) is not None:
-            event = parse_monitor_message(frames)
-            self._greeted = event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED
+            event = parse_monitor_message(frames)["event"]
+            self._greeted = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
             if self._greeted:
                 self.send(Attach(self._router, VERSION))
+            elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+                self._objection = "it does not accept the key of this router"
             else:
                 lost = True
         return lost
@@ -235,6 +253,10 @@ class Line:
         self._unanswered += 1
         self._pings += 1
         return "" if self.send(Ping(self._pings)) else "full"
+
+    def _refuse_key(self) -> Down:
+        log.error("cannot connect to worker %s: %s", self.info.id, self._objection)
+        return self._refuse("key")
 
     def _refuse(self, reason: str) -> Down:
         self.refused = True

@@ -17,6 +17,7 @@ import zmq.asyncio
 from zmq.utils.monitor import parse_monitor_message
 
 from common.config import TimerConfig
+from common.curve import CurveKeys, Gate
 from common.errors import ConfigError, ProtocolError
 from common.line import QUEUE, Down, Line, LinkEvent, Message, Up, limit, try_send
 from common.messages import (
@@ -44,8 +45,11 @@ class WorkerLink:
     owner. `malformed`, `unattached` and `undelivered` count what was dropped.
     """
 
-    def __init__(self, host: str, timers: TimerConfig) -> None:
+    def __init__(self, host: str, timers: TimerConfig, keys: CurveKeys | None = None) -> None:
+        """With `keys`, only routers with an allowed key get in."""
         self._host = f"[{host}]" if ":" in host else host
+        self._keys = keys
+        self._gate: Gate | None = None
         self._info: WorkerInfo | None = None
         self._context = zmq.Context()
         self._socket = zmq.asyncio.Context.shadow(self._context).socket(zmq.ROUTER)
@@ -65,6 +69,9 @@ class WorkerLink:
         """Bind to a free port; `address` is known afterwards. Raises ConfigError."""
         if "[" in self._host:
             self._socket.setsockopt(zmq.IPV6, 1)
+        if self._keys is not None:
+            self._gate = Gate(self._context, self._keys)
+            self._keys.listen(self._socket)
         try:
             self._socket.bind(f"tcp://{self._host}:*")
         except zmq.ZMQError as error:
@@ -80,6 +87,8 @@ class WorkerLink:
         self._monitor.close(linger=0)
         # What a worker said last, the last tokens of a stream included, may still be in the queue.
         self._socket.close(linger=LINGER_MS)
+        if self._gate is not None:
+            await self._gate.close()
         self._context.term()
 
     def set_info(self, info: WorkerInfo) -> None:
@@ -153,9 +162,11 @@ class WorkerLink:
 class RouterLink:
     """The router's end: connects to the workers that it is given, again after each loss."""
 
-    def __init__(self, router: str, timers: TimerConfig) -> None:
+    def __init__(self, router: str, timers: TimerConfig, keys: CurveKeys | None = None) -> None:
+        """With `keys`, it talks to workers with an allowed key and to no others."""
         self._router = router
         self._timers = timers
+        self._keys = keys
         self._context = zmq.asyncio.Context()
         self._lines: dict[str, Line] = {}
         self._tasks: dict[Line, asyncio.Task[None]] = {}
@@ -216,7 +227,9 @@ class RouterLink:
         self._context.term()
 
     def _start(self, info: WorkerInfo) -> None:
-        line = self._lines[info.id] = Line(self._context, self._router, info, self._timers)
+        line = self._lines[info.id] = Line(
+            self._context, self._router, info, self._timers, self._keys
+        )
         task = self._tasks[line] = asyncio.create_task(self._attend(line))
         task.add_done_callback(lambda task: self._over(line, task))
 

@@ -21,6 +21,7 @@ class Peer(msgspec.Struct, frozen=True, array_like=True):
     id: str
     epoch: int
     address: str
+    curve_key: str = ""
 
 
 class KvLayoutInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,6 +64,8 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     version: int = VERSION
     state: str = "ready"
     """`ready` or `draining`."""
+    curve_key: str = ""
+    """Public CurveZMQ key of the worker's sockets; empty: they speak in the clear."""
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -4,6 +4,7 @@ from queue import SimpleQueue
 
 from common import log
 from common.config import WorkerConfig
+from common.curve import CurveKeys
 from common.kv.blocks import BlockManager
 from common.model.worker import open_worker
 from common.startup import quit_on_signals, serve, worker_name
@@ -21,7 +22,15 @@ def main(config: WorkerConfig) -> int:
     info = worker.info
     inbox: SimpleQueue[object] = SimpleQueue()
     identity = EndpointIdentity(info.id, info.epoch, info.content_id, info.layout)
-    endpoint = Endpoint(identity, worker.pool, inbox, config, config.worker_host, config.transport)
+    endpoint = Endpoint(
+        identity,
+        worker.pool,
+        inbox,
+        config,
+        config.worker_host,
+        config.transport,
+        CurveKeys.load(config),
+    )
     blocks = BlockManager(worker.pool.num_blocks, worker.pool.generations)
     engine = DecodeEngine(worker.runner, blocks, worker.limits, worker.metrics)
     return serve(config, info, engine, endpoint, inbox)

@@ -25,6 +25,7 @@ commands:
   prefill   one prefill worker
   decode    one decode worker
   bench     measure a server: `tandem bench serve`
+  keygen    make a CurveZMQ key pair: `tandem keygen NAME [DIRECTORY]`
   version   print the version
 
 `tandem COMMAND --help` lists the flags of a command."""
@@ -92,6 +93,18 @@ def _bench(argv: Sequence[str]) -> int:
     return run(argv[1:])
 
 
+def _keygen(argv: Sequence[str]) -> int:
+    if not 1 <= len(argv) <= 2 or argv[0].startswith("-"):
+        raise UsageError("expected `tandem keygen NAME [DIRECTORY]`")
+    from common.curve import generate
+
+    public, secret = generate(Path(argv[1] if len(argv) == 2 else "."), argv[0])
+    print(
+        f"{secret}  for its process alone: --curve-key\n{public}  for --curve-allow of the others"
+    )
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 1 (cannot run as configured), 2 (usage)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -109,13 +122,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _worker(command, rest)
             case "bench":
                 return _bench(rest)
+            case "keygen":
+                return _keygen(rest)
             case "version" | "--version":
                 print(f"tandem {version()}")
                 return 0
             case _:
                 raise UsageError(f"unknown command {command!r} (see tandem --help)")
     except ConfigError as error:
-        known = command in ("up", "router", "prefill", "decode", "bench")
+        known = command in ("up", "router", "prefill", "decode", "bench", "keygen")
         print(f"tandem{f' {command}' if known else ''}: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:

@@ -7,6 +7,7 @@ from typing import Any
 import zmq
 import zmq.asyncio
 
+from common.curve import Caller
 from kvtransfer.sockets import LinkMonitor, make_dealer
 from kvtransfer.transport import Outlet
 
@@ -17,12 +18,18 @@ class Channel:
     `outlet` is None while there is no data connection."""
 
     def __init__(
-        self, context: zmq.asyncio.Context, address: str, options: Mapping[int, int]
+        self,
+        context: zmq.asyncio.Context,
+        address: str,
+        options: Mapping[int, int],
+        caller: Caller,
     ) -> None:
         """Raises zmq.ZMQError for an address that is none."""
+        self.caller = caller
         self.control = make_dealer(context)
         for option, value in options.items():
             self.control.setsockopt(option, value)
+        caller.prepare(self.control)
         self.monitor = LinkMonitor(self.control)
         self.outlet: Outlet | None = None
         self.has_carrier = False

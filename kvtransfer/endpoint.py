@@ -21,6 +21,7 @@ import zmq
 import zmq.asyncio
 
 from common.config import TimerConfig
+from common.curve import Caller, CurveKeys, Gate
 from common.errors import ConfigError, ProtocolError
 from common.messages import Peer
 from kvtransfer import protocol
@@ -70,14 +71,20 @@ class Endpoint:
         timers: TimerConfig,
         host: str,
         transport: str = "auto",
+        keys: CurveKeys | None = None,
     ) -> None:
-        """`host` is bound and announced. Raises ConfigError for a `transport` (one of
+        """`host` is bound and announced. With `keys`, control messages and data over zmq go to
+        and come from allowed keys alone. Raises ConfigError for a `transport` (one of
         `common.config.TRANSPORTS`) that cannot be used here."""
         self.address = ""
+        if keys is not None:
+            identity = replace(identity, curve_key=keys.public.decode())
         self._transports = offered(transport, memory)
         self._memory = memory
         self._inbox = inbox
         self._host = host
+        self._keys = keys
+        self._gate: Gate | None = None
         self._timers = Timers.of(timers)
         self._stats = TransferStats()
         heartbeat_ms = max(1, int(timers.heartbeat_s * 1000))
@@ -110,10 +117,13 @@ class Endpoint:
         for option, value in self._options.items():
             self._control.setsockopt(option, value)
         self._control.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        if self._keys is not None:
+            self._gate = Gate(self._context, self._keys)
+            self._keys.listen(self._control)
         try:
             self._control.bind(f"tcp://{self._host}:*")
             for name in self._transports:
-                listener = await listen(name, self._context, self._host, self._memory)
+                listener = await listen(name, self._context, self._host, self._memory, self._keys)
                 self._listeners.append(listener)
                 self._receiver.data[name] = listener.address
         except (OSError, zmq.ZMQError) as error:
@@ -139,6 +149,8 @@ class Endpoint:
         if self._closing:
             await asyncio.wait(self._closing)
         self._control.close(linger=100)
+        if self._gate is not None:
+            await self._gate.close()
         self._context.term()
 
     def command(self, command: SenderCommand | ReceiverCommand) -> None:
@@ -242,7 +254,7 @@ class Endpoint:
         down_since = time.monotonic()
         while True:
             outlet, failures = await connect(
-                names, addresses, self._context, self._memory, connect_s
+                names, addresses, self._context, self._memory, connect_s, channel.caller
             )
             now = time.monotonic()
             if outlet is not None:
@@ -330,12 +342,16 @@ class Endpoint:
                 if link.up and not channel.has_carrier:
                     channel.has_carrier = True
                     channel.tasks.append(self._start(self._carry(peer, channel, link.data)))
-            except zmq.ZMQError as error:
+            except (zmq.ZMQError, ConfigError) as error:
                 self._sender.lost(peer, f"{peer.address}: {error}", time.monotonic())
                 self._flush()
 
     def _open(self, peer: Peer) -> Channel:
-        channel = self._channels[peer] = Channel(self._context, peer.address, self._options)
+        caller = Caller(self._keys, peer.curve_key)
+        if caller.objection:
+            log.error("cannot send KV blocks to %s: %s", peer.id, caller.objection)
+            raise ConfigError(caller.objection)
+        channel = self._channels[peer] = Channel(self._context, peer.address, self._options, caller)
         channel.tasks += [
             self._start(self._read_answers(peer, channel)),
             self._start(self._watch_control(peer, channel)),

@@ -14,12 +14,14 @@ class EndpointIdentity:
     epoch: int
     content_id: str
     layout: KvLayoutInfo
+    curve_key: str = ""
+    """Public key of its zmq sockets, if they have one."""
 
     def hello(self, address: str, transports: tuple[str, ...]) -> Hello:
         """The greeting of this endpoint, whose control socket is at `address`."""
         return Hello(
             version=VERSION,
-            source=Peer(self.id, self.epoch, address),
+            source=Peer(self.id, self.epoch, address, self.curve_key),
             content_id=self.content_id,
             layout=self.layout,
             transports=transports,

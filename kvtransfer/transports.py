@@ -10,6 +10,7 @@ from typing import Final
 
 import zmq.asyncio
 
+from common.curve import Caller, CurveKeys
 from common.errors import ConfigError
 from kvtransfer.memory import BlockMemory
 from kvtransfer.shm_transport import ShmListener, ShmOutlet
@@ -34,14 +35,18 @@ def offered(transport: str, memory: BlockMemory) -> tuple[str, ...]:
 
 
 async def listen(
-    name: str, context: zmq.asyncio.Context, host: str, memory: BlockMemory
+    name: str,
+    context: zmq.asyncio.Context,
+    host: str,
+    memory: BlockMemory,
+    keys: CurveKeys | None,
 ) -> Listener:
     """Let data come in over this transport. Raises OSError or zmq.ZMQError if that cannot be."""
     if name == "shm":
         return ShmListener(memory.block_bytes)
     if name == "tcp":
         return await TcpListener.listen(host, memory.block_bytes)
-    return ZmqListener(context, host, memory)
+    return ZmqListener(context, host, memory, keys)
 
 
 async def connect(
@@ -50,6 +55,7 @@ async def connect(
     context: zmq.asyncio.Context,
     memory: BlockMemory,
     timeout_s: float,
+    caller: Caller,
 ) -> tuple[Outlet | None, str]:
     """A connection over the first of `names` that answers within `timeout_s`, None if none does,
     and why those before it were not taken."""
@@ -57,7 +63,8 @@ async def connect(
     for name in names:
         try:
             async with asyncio.timeout(timeout_s):
-                return await _connect(name, addresses[name], context, memory), "; ".join(failures)
+                outlet = await _connect(name, addresses[name], context, memory, caller)
+                return outlet, "; ".join(failures)
         except TimeoutError:
             failures.append(f"{name}: no answer from {addresses[name]}")
         except OSError as error:
@@ -66,11 +73,11 @@ async def connect(
 
 
 async def _connect(
-    name: str, address: str, context: zmq.asyncio.Context, memory: BlockMemory
+    name: str, address: str, context: zmq.asyncio.Context, memory: BlockMemory, caller: Caller
 ) -> Outlet:
     """Raises OSError."""
     if name == "shm":
         return await ShmOutlet.connect(address, memory)
     if name == "tcp":
         return await TcpOutlet.connect(address, memory)
-    return await ZmqOutlet.connect(context, address, memory)
+    return await ZmqOutlet.connect(context, address, memory, caller)

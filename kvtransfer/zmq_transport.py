@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import zmq
 import zmq.asyncio
 
+from common.curve import Caller, CurveKeys
 from common.errors import ProtocolError
 from kvtransfer.memory import BlockMemory, copy_blocks
 from kvtransfer.outgoing import Shipment
@@ -26,18 +27,19 @@ class ZmqOutlet:
     transport = "zmq"
     reading = None
 
-    def __init__(self, context: zmq.asyncio.Context, memory: BlockMemory) -> None:
+    def __init__(self, context: zmq.asyncio.Context, memory: BlockMemory, caller: Caller) -> None:
         self._memory = memory
         self._socket = make_dealer(context)
+        caller.prepare(self._socket)
         self._socket.setsockopt(zmq.SNDHWM, _MAX_QUEUED)
         self._monitor = LinkMonitor(self._socket)
 
     @classmethod
     async def connect(
-        cls, context: zmq.asyncio.Context, address: str, memory: BlockMemory
+        cls, context: zmq.asyncio.Context, address: str, memory: BlockMemory, caller: Caller
     ) -> "ZmqOutlet":
         """Raises OSError for an address that is none; waits for ever where nobody answers."""
-        self = cls(context, memory)
+        self = cls(context, memory, caller)
         try:
             self._socket.connect(address)
             while not await self._monitor.changed():
@@ -91,13 +93,21 @@ class ZmqStream:
 
     transport = "zmq"
 
-    def __init__(self, context: zmq.asyncio.Context, host: str, memory: BlockMemory) -> None:
+    def __init__(
+        self,
+        context: zmq.asyncio.Context,
+        host: str,
+        memory: BlockMemory,
+        keys: CurveKeys | None,
+    ) -> None:
         """Binds a free port of `host`. Raises zmq.ZMQError if that is not possible."""
         self._memory = memory
         self._socket = context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.RCVHWM, _MAX_QUEUED)
         self._socket.setsockopt(zmq.MAXMSGSIZE, max(RUN_BYTES, memory.block_bytes))
+        if keys is not None:
+            keys.listen(self._socket)
         self._socket.bind(f"tcp://{host}:*")
         self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
@@ -118,9 +128,15 @@ class ZmqStream:
 class ZmqListener:
     """`Listener` whose one stream has the data of all senders."""
 
-    def __init__(self, context: zmq.asyncio.Context, host: str, memory: BlockMemory) -> None:
+    def __init__(
+        self,
+        context: zmq.asyncio.Context,
+        host: str,
+        memory: BlockMemory,
+        keys: CurveKeys | None,
+    ) -> None:
         """Raises zmq.ZMQError if no port of `host` can be bound."""
-        self._stream = ZmqStream(context, host, memory)
+        self._stream = ZmqStream(context, host, memory, keys)
         self._is_taken = False
         self.address = self._stream.address
 

@@ -69,7 +69,7 @@ class Member:
 
     @property
     def peer(self) -> Peer:
-        return Peer(self.info.id, self.info.epoch, self.info.kv_address)
+        return Peer(self.info.id, self.info.epoch, self.info.kv_address, self.info.curve_key)
 
     @property
     def capacity(self) -> int:

@@ -15,6 +15,7 @@ import uvloop
 
 from common import log as log_lines
 from common.config import RouterConfig
+from common.curve import CurveKeys
 from common.errors import ConfigError
 from common.identity import text_id
 from common.link import RouterLink
@@ -61,7 +62,7 @@ async def _serve(
     assert config.model is not None
     model = config.served_model_name or config.model
     metrics = RouterMetrics()
-    link = RouterLink(name, config)
+    link = RouterLink(name, config, CurveKeys.load(config))
     service = Service(
         # The workers' identity: --chat-template is this router's own affair.
         membership=Membership(

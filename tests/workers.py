@@ -75,7 +75,7 @@ class Fleet:
 
     def peer(self, role: str) -> Peer:
         info = self.workers[role]
-        return Peer(info.id, info.epoch, info.kv_address)
+        return Peer(info.id, info.epoch, info.kv_address, info.curve_key)
 
     def submit(
         self,

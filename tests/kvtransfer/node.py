@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from typing import TypeVar
 
 from common.config import TimerConfig
+from common.curve import CurveKeys
 from common.messages import KvLayoutInfo, Peer
 from kvtransfer.commands import BlockRef, Close, First, Grant, Key, Offer, Open, Slot, Wanted
 from kvtransfer.endpoint import Endpoint, TransferEvent
@@ -50,6 +51,7 @@ class Node:
         timers: TimerConfig = TIMERS,
         layout: KvLayoutInfo = LAYOUT,
         transport: str | None = None,
+        keys: CurveKeys | None = None,
     ) -> None:
         self.id, self.epoch = id, epoch
         self.transport = transport or TRANSPORT
@@ -62,11 +64,13 @@ class Node:
             timers,
             "127.0.0.1",
             self.transport,
+            keys,
         )
+        self.curve_key = "" if keys is None else keys.public.decode()
 
     @property
     def peer(self) -> Peer:
-        return Peer(self.id, self.epoch, self.endpoint.address)
+        return Peer(self.id, self.epoch, self.endpoint.address, self.curve_key)
 
     def open(self, key: Key, to: Peer, num_tokens: int) -> None:
         self.endpoint.command(Open(key, to, num_tokens))
