@@ -55,3 +55,7 @@ class RequestError(TandemError):
         self.param = param
         self.code = code
         self.retry_after_s = retry_after_s
+
+
+class GrammarError(TandemError):
+    """A grammar is not valid, too complex, or does not accept the tokens so far."""

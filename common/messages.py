@@ -12,7 +12,7 @@ import msgspec
 from common.errors import ProtocolError
 from common.sampling import SamplingParams
 
-VERSION: Final = 2
+VERSION: Final = 3
 
 
 class Peer(msgspec.Struct, frozen=True, array_like=True):
@@ -183,6 +183,8 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
     """(token id, log-probability) of the most likely tokens, best first."""
+    rank: int = 0
+    """1 for the most likely token, of tokens of a prompt; 0: not counted."""
 
 
 class Output(msgspec.Struct, frozen=True, array_like=True):
@@ -194,12 +196,15 @@ class Output(msgspec.Struct, frozen=True, array_like=True):
     index: int
     tokens: tuple[int, ...]
     finish: str = ""
-    """Empty, `stop` (end of sequence or stop token id) or `length`."""
+    """Empty, `stop` (end of sequence or stop token id), `length`, or `grammar`: the choice ends
+    without a token, because its grammar cannot be followed any further."""
     stop_token: int = -1
     """The stop token id that ended it, when that was one of `stop_token_ids`."""
     logprobs: tuple[TokenLogprob, ...] = ()
     cached_tokens: int = -1
     """With the first output of an attempt from whoever prefilled: prompt tokens not computed."""
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    """With the first output, if they were asked for: of the prompt's second token and on."""
 
 
 class Step(msgspec.Struct, frozen=True, tag="step"):

@@ -33,3 +33,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """End the choice, like the model's own end-of-sequence ids; not masked by `ignore_eos`."""
     logprobs: int | None = None
     """None: none. n >= 0: log-probability of each chosen token and of the n most likely ones."""
+    prompt_logprobs: int | None = None
+    """The same for the tokens of the prompt, which is then computed without the prefix cache."""
+    grammar: str = ""
+    """What the output must match (llguidance); empty: anything. The end of sequence then comes
+    where the grammar lets it, whatever `min_tokens` and `ignore_eos` say."""
+    priority: int = 0
+    """Lower values are computed first, before those that came earlier."""

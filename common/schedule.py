@@ -116,7 +116,8 @@ def start(sequence: Sequence, blocks: BlockManager, limits: Limits, headroom: in
     pool has not enough blocks now.
     """
     assert not sequence.blocks and sequence.num_computed == 0, sequence
-    matched = blocks.match(sequence.hashes[: (sequence.num_tokens - 1) // limits.block_size])
+    reusable = 0 if sequence.is_scored else (sequence.num_tokens - 1) // limits.block_size
+    matched = blocks.match(sequence.hashes[:reusable])
     missing = limits.blocks_for(sequence.num_tokens) - len(matched)
     fresh = None
     if blocks.num_available >= missing + headroom:
@@ -124,6 +125,7 @@ def start(sequence: Sequence, blocks: BlockManager, limits: Limits, headroom: in
     if fresh is None:
         blocks.release(matched)
         return False
+    sequence.scores.clear()
     sequence.blocks = matched + fresh
     sequence.num_computed = sequence.num_cached = len(matched) * limits.block_size
     return True
@@ -150,6 +152,8 @@ def finish_reason(sequence: Sequence, token: int, limits: Limits) -> tuple[str, 
     """Whether `token`, the next one of `sequence`, ends the choice: (reason, stop token id),
     ("", -1) if it goes on."""
     params, num_outputs = sequence.params, sequence.num_outputs + 1
+    if params.grammar and (token < 0 or token in limits.eos_token_ids):
+        return ("grammar" if token < 0 else "stop"), -1
     if num_outputs > params.min_tokens:
         if token in params.stop_token_ids:
             return "stop", token
@@ -165,14 +169,17 @@ def to_output(
 ) -> Output:
     """The message for `sampled`, the next token of `choice`; it says whether the choice ends."""
     finish, stop_token = finish_reason(sequence, sampled.token, limits)
+    scores = tuple(sequence.scores)
+    sequence.scores.clear()  # shared by all choices: the first output takes them along
     return Output(
         request=sequence.request,
         attempt=sequence.attempt,
         choice=choice,
         index=sequence.num_outputs,
-        tokens=(sampled.token,),
+        tokens=(sampled.token,) if sampled.token >= 0 else (),
         finish=finish,
         stop_token=stop_token,
         logprobs=() if sampled.logprob is None else (sampled.logprob,),
         cached_tokens=cached_tokens,
+        prompt_logprobs=scores,
     )

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 
 from common.blockhash import BlockHash
-from common.model.batch import Row, Sample
+from common.messages import TokenLogprob
+from common.model.batch import Row, Sample, Scoring
 from common.sampling import SamplingParams
 
 
@@ -33,8 +34,15 @@ class Sequence:
     """Tokens whose KV is in `blocks`."""
     num_cached: int = 0
     """Prompt tokens that were found in the prefix cache."""
+    scores: list[TokenLogprob] = field(default_factory=list)
+    """Log-probabilities of the prompt's second token and on, if they were asked for."""
     arrival: int = 0
     """Rank by the time at which the worker took the request; set by the decode engine."""
+
+    @property
+    def priority(self) -> int:
+        """Lower values go first."""
+        return self.params.priority
 
     @property
     def num_tokens(self) -> int:
@@ -49,6 +57,11 @@ class Sequence:
         """Tokens that are known but not computed."""
         return len(self.tokens) - self.num_computed
 
+    @property
+    def is_scored(self) -> bool:
+        """The log-probabilities of the prompt are still to be told."""
+        return self.params.prompt_logprobs is not None and self.num_outputs == 0
+
     def row(self, count: int) -> Row:
         """The next `count` tokens as a row; it samples if it reaches the last known token."""
         start, end = self.num_computed, self.num_computed + count
@@ -58,4 +71,8 @@ class Sequence:
             samples = tuple(
                 Sample(choice, self.params, self.tokens, self.prompt_len) for choice in self.choices
             )
-        return Row(self.tokens[start:end], start, self.blocks, samples)
+        scoring = None
+        if self.is_scored:
+            targets = self.tokens[start + 1 : end + 1]
+            scoring = Scoring(targets, self.params.prompt_logprobs or 0, self.scores)
+        return Row(self.tokens[start:end], start, self.blocks, samples, scoring)

@@ -42,6 +42,10 @@ class Handover:
         return self.sequence.arrival
 
     @property
+    def priority(self) -> int:
+        return self.sequence.priority
+
+    @property
     def choices(self) -> tuple[int, ...]:
         return self.sequence.choices
 

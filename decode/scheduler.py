@@ -37,9 +37,9 @@ class Fork(NamedTuple):
     target: int
 
 
-def order(candidate: "Sequence | Handover") -> tuple[int, int]:
-    """Older attempts first, then lower choices."""
-    return candidate.arrival, candidate.choices[0]
+def order(candidate: "Sequence | Handover") -> tuple[int, int, int]:
+    """Those of lower priority value first, then older attempts, then lower choices."""
+    return candidate.priority, candidate.arrival, candidate.choices[0]
 
 
 class DecodeScheduler:

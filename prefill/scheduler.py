@@ -54,7 +54,11 @@ class PrefillScheduler:
         return sum(prompt.sequence.num_pending for prompt in prompts)
 
     def add(self, prompt: Prompt) -> None:
-        self.waiting.append(prompt)
+        """In order of priority, then of arrival."""
+        place = len(self.waiting)
+        while place and self.waiting[place - 1].sequence.priority > prompt.sequence.priority:
+            place -= 1
+        self.waiting.insert(place, prompt)
 
     def next_batch(self) -> tuple[list[Chunk], list[Prompt]]:
         """The chunks of the next step, oldest prompt first, and the prompts that start with it."""

@@ -26,6 +26,16 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
+class Scoring:
+    """Log-probabilities of known tokens: `targets[i]` comes after token i of the row."""
+
+    targets: Sequence[int]
+    num_top: int
+    scores: list[TokenLogprob]
+    """Where the runner appends them, one for each target."""
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """Tokens `start .. start + len(tokens)` of one sequence.
 
@@ -38,6 +48,7 @@ class Row:
     start: int
     blocks: Sequence[int]
     samples: tuple[Sample, ...] = ()
+    scoring: Scoring | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,4 +56,5 @@ class Sampled:
     """The token drawn for one `Sample`."""
 
     token: int
+    """-1: there is none, the grammar of the choice cannot be followed any further."""
     logprob: TokenLogprob | None

@@ -1,10 +1,11 @@
 """Choosing the next tokens from logits: everything in `SamplingParams` that concerns a token.
 
-Called by the runner once per step. There is no state: a draw depends on the logits, the
-parameters, the tokens so far and `philox(seed, choice, output index)`, so whoever continues a
-request draws what the one before would have drawn.
+Called by the runner once per step. There is no state (what `guides` keeps is a cache): a draw
+depends on the logits, the parameters, the tokens so far and `philox(seed, choice, output index)`,
+so whoever continues a request draws what the one before would have drawn.
 
-Order, as in vLLM: logit bias, mask of `min_tokens`, penalties, temperature, min-p, top-k, top-p.
+Order, as in vLLM: logit bias, mask of `min_tokens`, penalties, grammar, temperature, min-p, top-k,
+top-p.
 Log-probabilities are of the raw logits, before all of that.
 """
 
@@ -16,6 +17,7 @@ import torch
 
 from common.messages import TokenLogprob
 from common.model.batch import Sample, Sampled
+from common.model.guides import Guides
 from common.model.philox import uniforms
 from common.sampling import SamplingParams
 
@@ -30,7 +32,10 @@ _MOST: Final = 1e30
 class Sampler:
     """Draws tokens for one model."""
 
-    def __init__(self, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+    def __init__(
+        self, vocab_size: int, eos_token_ids: Sequence[int], guides: Guides | None = None
+    ) -> None:
+        self._guides = guides
         self._vocab_size = vocab_size
         self._eos_token_ids = tuple(eos_token_ids)
 
@@ -63,6 +68,7 @@ class Sampler:
         params = sample.params
         return (
             params.temperature < GREEDY_BELOW
+            and not params.grammar
             and not params.logit_bias
             and not _has_penalties(params)
             and len(sample.tokens) - sample.prompt_len >= params.min_tokens
@@ -70,15 +76,32 @@ class Sampler:
 
     def _draw_adjusted(self, logits: torch.Tensor, samples: Sequence[Sample]) -> list[int]:
         """logits: [samples, vocab], overwritten."""
-        for line, sample in zip(logits, samples, strict=True):
+        failed = []
+        for i, (line, sample) in enumerate(zip(logits, samples, strict=True)):
             self._adjust(line, sample)
+            if sample.params.grammar and not self._constrain(line, sample):
+                failed.append(i)
         tokens: list[int] = logits.argmax(-1).tolist()
         drawn = [i for i, sample in enumerate(samples) if sample.params.temperature >= GREEDY_BELOW]
         if drawn:
             random = _draw_random(logits[drawn], [samples[i] for i in drawn])
             for i, token in zip(drawn, random, strict=True):
                 tokens[i] = token
+        for i in failed:
+            tokens[i] = -1
         return tokens
+
+    def _constrain(self, line: torch.Tensor, sample: Sample) -> bool:
+        """Leave only what the grammar allows, in place; False if it cannot be followed."""
+        allowed = self._guides.allowed(sample) if self._guides is not None else None
+        if allowed is None or not allowed.any():
+            return False
+        mask = torch.from_numpy(allowed).to(line.device)
+        line.masked_fill_(~mask, _NONE)
+        if line.amax() == _NONE:
+            # Only the end is left, and `min_tokens` forbids it: the grammar knows better.
+            line[mask] = 0.0
+        return True
 
     def _adjust(self, line: torch.Tensor, sample: Sample) -> None:
         """Apply bias, `min_tokens` and penalties to one sample's logits [vocab], in place."""
@@ -186,7 +209,7 @@ def _logprobs(
     if not asked:
         return result
     all_logprobs = logits[rows[asked]].log_softmax(-1)
-    chosen = torch.tensor([tokens[i] for i in asked], device=logits.device)
+    chosen = torch.tensor([max(0, tokens[i]) for i in asked], device=logits.device)
     values: list[float] = all_logprobs.gather(1, chosen[:, None])[:, 0].tolist()
     width = min(max(params[i].logprobs or 0 for i in asked), logits.shape[-1])
     best = all_logprobs.topk(width, dim=-1)
@@ -197,3 +220,23 @@ def _logprobs(
         top = tuple(zip(top_ids[:count], top_values[:count], strict=True))
         result[i] = TokenLogprob(tokens[i], value, top)
     return result
+
+
+def score(logits: torch.Tensor, targets: Sequence[int], num_top: int) -> list[TokenLogprob]:
+    """Log-probability and rank of each target, and of the most likely tokens in its place.
+
+    logits: [targets, vocab] float32.
+    """
+    if not targets:
+        return []
+    all_logprobs = logits.log_softmax(-1)
+    chosen = all_logprobs.gather(1, torch.tensor(list(targets), device=logits.device)[:, None])
+    ranks: list[int] = (1 + (all_logprobs > chosen).sum(-1)).tolist()
+    best = all_logprobs.topk(min(num_top, logits.shape[-1]), dim=-1)
+    values: list[float] = chosen[:, 0].tolist()
+    return [
+        TokenLogprob(token, value, tuple(zip(ids, tops, strict=True)), rank)
+        for token, value, ids, tops, rank in zip(
+            targets, values, best.indices.tolist(), best.values.tolist(), ranks, strict=True
+        )
+    ]

@@ -20,6 +20,7 @@ from common.kv.memory import free_memory_bytes, num_blocks_for, parse_memory
 from common.kv.pool import KvPool
 from common.messages import WorkerInfo
 from common.metrics import WorkerMetrics
+from common.model.guides import Guides
 from common.model.load import open_model
 from common.model.runner import ModelRunner
 from common.schedule import Limits
@@ -98,7 +99,8 @@ def open_worker(config: WorkerConfig, role: str, name: str) -> Worker:
         max_num_batched_tokens=config.max_num_batched_tokens,
         eos_token_ids=spec.eos_token_ids,
     )
-    runner = ModelRunner(spec, loaded.weights, pool)
+    guides = Guides(loaded.directory, spec.vocab_size, spec.eos_token_ids)
+    runner = ModelRunner(spec, loaded.weights, pool, guides=guides)
     return Worker(runner, pool, limits, info, WorkerMetrics(role))
 
 
