@@ -11,10 +11,23 @@ from typing import Any
 
 import aiohttp
 import msgspec
+from tokenizers import Tokenizer
+
+
+class _Delta(msgspec.Struct):
+    role: str | None = None
+    content: str | None = None
+    reasoning_content: str | None = None
+
+    @property
+    def only_role(self) -> bool:
+        """Says who speaks, and nothing else: it comes before any token."""
+        return self.role is not None and not self.content and not self.reasoning_content
 
 
 class _Choice(msgspec.Struct):
     text: str | None = None
+    delta: _Delta | None = None
     token_ids: list[int] | None = None
     finish_reason: str | None = None
 
@@ -24,6 +37,7 @@ class _PromptDetails(msgspec.Struct):
 
 
 class _Usage(msgspec.Struct):
+    prompt_tokens: int | None = None
     completion_tokens: int | None = None
     prompt_tokens_details: _PromptDetails | None = None
 
@@ -53,6 +67,7 @@ class Record:
     """Arrival of each chunk that carried tokens."""
     ended: float = 0.0
     input_len: int = 0
+    """Prompt tokens as the server counts them; those that were sent if it does not say."""
     output_len: int = 0
     """Generated tokens as the server counts them; chunks if it does not say."""
     cached_tokens: int = 0
@@ -111,11 +126,23 @@ class Target:
     extra: dict[str, Any]
     """Fields added to every body."""
     timeout_s: float
+    tokenizer: Tokenizer | None = None
+    """Prompts are sent as the text of their tokens; None: as token ids."""
+    chat: bool = False
+    """The endpoint takes messages: a prompt is one message of the user."""
 
     def body(self, tokens: list[int], output_len: int) -> bytes:
-        """A greedy, streamed request of exact length."""
+        """A greedy, streamed request of exact length (with text as exact as its tokens survive
+        being read again)."""
+        prompt: str | list[int] = tokens
+        if self.tokenizer is not None:
+            prompt = self.tokenizer.decode(tokens)
         fields: dict[str, Any] = {
-            "prompt": tokens,
+            **(
+                {"messages": [{"role": "user", "content": prompt}]}
+                if self.chat
+                else {"prompt": prompt}
+            ),
             "max_tokens": output_len,
             "stream": True,
             "stream_options": {"include_usage": True},
@@ -158,6 +185,10 @@ async def send(
     return record
 
 
+def _only_role(choices: list[_Choice]) -> bool:
+    return all(c.delta is not None and c.delta.only_role and not c.token_ids for c in choices)
+
+
 async def _read_stream(response: aiohttp.ClientResponse, record: Record) -> None:
     buffer = b""
     finished = False
@@ -177,14 +208,16 @@ async def _read_stream(response: aiohttp.ClientResponse, record: Record) -> None
             if (problem := bytes(event.error)) not in (b"", b"null"):
                 record.error = f"stream error: {problem.decode(errors='replace')}"
                 continue
-            if event.choices:
+            if event.choices and not _only_role(event.choices):
                 record.chunks.append(now)
                 for choice in event.choices:
                     record.token_ids.extend(choice.token_ids or ())
                 last = event.choices[0]
-                ended_empty = last.finish_reason is not None and not last.text
+                text_of = last.text or (last.delta and last.delta.content)
+                ended_empty = last.finish_reason is not None and not text_of
             if event.usage is not None:
                 counted = event.usage.completion_tokens
+                record.input_len = event.usage.prompt_tokens or record.input_len
                 details = event.usage.prompt_tokens_details
                 record.cached_tokens = (details and details.cached_tokens) or 0
     # Some servers say why they end in a chunk of its own, which is no token.

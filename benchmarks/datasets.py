@@ -121,6 +121,7 @@ def trace_queries(
     length_scale: float = 1.0,
     block_tokens: int = 512,
     max_input_len: int = 0,
+    max_output_len: int = 0,
     limit: int = 0,
 ) -> Iterator[Query]:
     """Requests of a Mooncake-format trace (jsonl, optionally gzip), with its prefix structure.
@@ -128,8 +129,8 @@ def trace_queries(
     Each `hash_ids` entry names a block of `block_tokens` tokens including its whole prefix; it
     becomes `block_tokens * length_scale` tokens that depend on seed and id alone, so equal prefixes
     of the trace are equal prefixes here. `length_scale` shrinks lengths for small models;
-    `max_input_len` (0: none) cuts longer prompts, `limit` (0: none) the trace. Raises ValueError
-    for a malformed row or one that is earlier than the row before it.
+    `max_input_len` and `max_output_len` (0: none) cut longer prompts and answers, `limit` (0: none)
+    the trace. Raises ValueError for a malformed row or one that is earlier than the row before it.
     """
     block = max(1, round(block_tokens * length_scale))
     opener = gzip.open if path.suffix == ".gz" else open
@@ -153,6 +154,8 @@ def trace_queries(
             before = timestamp
             if max_input_len:
                 input_len = min(input_len, max_input_len)
+            if max_output_len:
+                output_len = min(output_len, max_output_len)
             parts = [Part((*seed, _SHARED, i), block) for i in ids[: -(-input_len // block)]]
             if (missing := input_len - block * len(parts)) > 0:
                 parts.append(Part((*seed, _OWN, number), missing))

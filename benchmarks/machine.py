@@ -59,6 +59,25 @@ def cpu_model() -> str:
     return match[1] if match else platform.machine()
 
 
+def cores(text: str) -> list[int]:
+    """The cores that `text` lists, such as `0,2-4`; empty: all that this process may use.
+
+    Raises ValueError for what is no list or cannot be used.
+    """
+    usable = sorted(os.sched_getaffinity(0))
+    if not text:
+        return usable
+    found: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+        if match is None:
+            raise ValueError(f"{text!r} is not a list of cores such as 0,2-4")
+        found.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+    if wrong := sorted(found - set(usable)):
+        raise ValueError(f"core {wrong[0]} is not among the usable cores {usable}")
+    return sorted(found)
+
+
 def busy_share(seconds: float = 2.0) -> float:
     """Share of all cores that is in use now, measured over `seconds`."""
 

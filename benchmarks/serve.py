@@ -8,175 +8,49 @@ summary as one JSON object if `--json -` is given.
 
 import argparse
 import asyncio
-import dataclasses
 import gc
 import json
 import math
 import secrets
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from benchmarks import arrivals, datasets, stats
+from benchmarks import load, stats
 from benchmarks.client import Record, Target
-from benchmarks.datasets import Query
-from benchmarks.run import Plan, Run, run
-
-DATASETS = ("random", "prefix_repetition", "conversation", "trace")
-RUN, ARRIVALS, WARMUP = range(3)
-"""Streams of randomness that one seed gives."""
+from benchmarks.run import Run, run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    server = parser.add_argument_group("server")
-    server.add_argument("--base-url", help="server, such as http://127.0.0.1:8000")
-    server.add_argument("--host", default="127.0.0.1", help="used without --base-url")
-    server.add_argument("--port", type=int, default=8000, help="used without --base-url")
-    server.add_argument("--endpoint", default="/v1/completions", help="path of the endpoint")
-    server.add_argument("--model", help="model name in the requests; none: the server's default")
-    server.add_argument("--api-key", help="sent as a Bearer token")
-    server.add_argument("--header", action="append", default=[], metavar="KEY=VALUE")
-    server.add_argument("--extra-body", default="{}", help="JSON object added to every request")
-    load = parser.add_argument_group("load")
-    load.add_argument("--num-prompts", type=int, default=200, help="0: all of a trace")
-    load.add_argument(
-        "--request-rate", type=float, default=math.inf, help="requests/s; inf: at once"
-    )
-    load.add_argument(
-        "--burstiness", type=float, default=1.0, help="1: Poisson; below: burstier; inf: fixed rate"
-    )
-    load.add_argument("--burst-size", type=int, default=0, help="send in bursts of this size")
-    load.add_argument(
-        "--max-concurrency", type=int, default=0, help="requests in flight; 0: no limit"
-    )
-    load.add_argument(
-        "--num-warmups", type=int, default=0, help="requests before the run, with other prompts"
-    )
-    load.add_argument("--max-seconds", type=float, default=0.0, help="cut the run; 0: no limit")
-    load.add_argument("--timeout", type=float, default=600.0, help="seconds for one request")
-    load.add_argument("--repeats", type=int, default=1, help="runs, for confidence intervals")
-    load.add_argument(
-        "--seed", type=int, help="none: a fresh one, so that no earlier run warmed the caches"
-    )
-    data = parser.add_argument_group("dataset")
-    data.add_argument("--dataset-name", choices=DATASETS, default="random")
-    data.add_argument("--dataset-path", type=Path, help="trace: Mooncake-format jsonl[.gz]")
-    data.add_argument("--vocab-size", type=int, default=256, help="token ids are drawn below this")
-    data.add_argument("--random-input-len", type=int, default=256)
-    data.add_argument("--random-output-len", type=int, default=64)
-    data.add_argument("--random-range-ratio", type=float, default=0.0)
-    data.add_argument("--random-prefix-len", type=int, default=0)
-    data.add_argument("--prefix-repetition-prefix-len", type=int, default=256)
-    data.add_argument("--prefix-repetition-suffix-len", type=int, default=64)
-    data.add_argument("--prefix-repetition-num-prefixes", type=int, default=10)
-    data.add_argument("--prefix-repetition-output-len", type=int, default=64)
-    data.add_argument("--conversation-turns", type=int, default=4)
-    data.add_argument("--trace-length-scale", type=float, default=1.0, help="shrink all lengths")
-    data.add_argument("--trace-time-scale", type=float, default=1.0, help="replay this much faster")
-    data.add_argument("--trace-max-input-len", type=int, default=0)
+    add = parser.add_argument_group("server").add_argument
+    add("--base-url", help="server, such as http://127.0.0.1:8000")
+    add("--host", default="127.0.0.1", help="used without --base-url")
+    add("--port", type=int, default=8000, help="used without --base-url")
+    add("--model", help="model name in the requests; none: the server's default")
+    load.add_request_arguments(parser)
+    add = parser.add_argument_group("load").add_argument
+    add("--num-prompts", type=int, default=200, help="0: all of a trace")
+    add("--request-rate", type=float, default=math.inf, help="requests/s; inf: at once")
+    add("--burst-size", type=int, default=0, help="send in bursts of this size")
+    add("--max-seconds", type=float, default=0.0, help="cut the run; 0: no limit")
+    add("--repeats", type=int, default=1, help="runs, for confidence intervals")
+    load.add_shape_arguments(parser)
+    add = parser.add_argument_group("results").add_argument
     add("--slo", default="", metavar="ttft:500ms,tpot:50ms", help="limits that goodput counts")
     add("--goodput", nargs="*", default=[], metavar="METRIC:MS", help="the same, vLLM's form")
     add("--json", metavar="FILE", help="write summary and records; `-`: summary as last line")
     add("--no-progress", action="store_true")
 
 
-def build_queries(args: argparse.Namespace, seed: datasets.Seed, count: int) -> list[Query]:
-    """`count` queries of the dataset that `args` names (0: a whole trace). Raises ValueError for
-    arguments or a trace that make no sense, OSError for a trace that cannot be read."""
-    vocab = args.vocab_size
-    lengths = datasets.Lengths(
-        args.random_input_len, args.random_output_len, args.random_range_ratio
-    )
-    queries: Iterator[Query]
-    if args.dataset_name == "trace":
-        if args.dataset_path is None:
-            raise ValueError("--dataset-name trace needs --dataset-path")
-        queries = datasets.trace_queries(
-            args.dataset_path,
-            vocab,
-            seed,
-            length_scale=args.trace_length_scale,
-            max_input_len=args.trace_max_input_len,
-            limit=count,
-        )
-    elif args.dataset_name == "random":
-        queries = datasets.random_queries(count, lengths, vocab, seed, args.random_prefix_len)
-    elif args.dataset_name == "prefix_repetition":
-        suffix = datasets.Lengths(
-            args.prefix_repetition_suffix_len, args.prefix_repetition_output_len
-        )
-        queries = datasets.prefix_queries(
-            count,
-            args.prefix_repetition_num_prefixes,
-            args.prefix_repetition_prefix_len,
-            suffix,
-            vocab,
-            seed,
-        )
-    else:
-        queries = datasets.conversation_queries(
-            count, args.conversation_turns, lengths, vocab, seed
-        )
-    return list(queries)
-
-
-def build_plan(args: argparse.Namespace, repeat: int) -> Plan:
-    """The queries of one repeat and their due times; another repeat draws other prompts.
-
-    Raises like `build_queries`.
-    """
-    seed = (args.seed or 0, repeat)
-    queries = build_queries(args, (*seed, RUN), args.num_prompts)
-    rng = np.random.default_rng((*seed, ARRIVALS))
-    count = len(queries)
-    due: list[float]
-    if args.dataset_name == "trace":
-        times = [q.timestamp_ms or 0.0 for q in queries]
-        due = arrivals.trace_arrivals(times, args.trace_time_scale, rng)
-    elif args.max_concurrency and math.isinf(args.request_rate):
-        due = [-math.inf] * count
-    elif args.burst_size:
-        due = list(arrivals.burst_arrivals(count, args.request_rate, args.burst_size))
-    else:
-        due = list(arrivals.rate_arrivals(count, args.request_rate, args.burstiness, rng))
-    warmups: list[Query] = []
-    if args.num_warmups:
-        found = build_queries(args, (*seed, WARMUP), args.num_warmups)
-        warmups = [dataclasses.replace(query, follows=None) for query in found]
-    return Plan(queries, due, args.max_concurrency, args.max_seconds, warmups)
-
-
 def build_target(args: argparse.Namespace) -> Target:
-    base = args.base_url or f"http://{args.host}:{args.port}"
-    headers = {"content-type": "application/json"}
-    if args.api_key:
-        headers["authorization"] = f"Bearer {args.api_key}"
-    for item in args.header:
-        name, equals, value = item.partition("=")
-        if not equals:
-            raise ValueError(f"--header {item!r} is not KEY=VALUE")
-        headers[name] = value
-    extra = json.loads(args.extra_body)
-    if args.dataset_name == "conversation":  # the next turn continues the answer
-        extra = {"return_token_ids": True, **extra}
-    return Target(base.rstrip("/") + args.endpoint, args.model, headers, extra, args.timeout)
+    return load.target(args, args.base_url or f"http://{args.host}:{args.port}", args.model)
 
 
 def check(args: argparse.Namespace) -> None:
     """Raises ValueError for arguments that clash, before anything is sent."""
-    if args.burst_size and math.isinf(args.request_rate):
-        raise ValueError("--burst-size needs a finite --request-rate")
-    if args.request_rate <= 0 or args.trace_time_scale <= 0:
-        raise ValueError("rates must be above 0")
-    if args.num_prompts < (0 if args.dataset_name == "trace" else 1):
-        raise ValueError("--num-prompts must be at least 1")
-    if args.vocab_size <= datasets.FIRST_TOKEN:
-        raise ValueError(f"--vocab-size must be above {datasets.FIRST_TOKEN}")
+    load.check(args)
     if args.json not in (None, "-") and not Path(args.json).absolute().parent.is_dir():
         raise ValueError(f"--json: no directory for {args.json}")
 
@@ -190,7 +64,9 @@ def bench(args: argparse.Namespace) -> int:
         check(args)
         slo = stats.parse_slo(args.slo) | stats.parse_slo(" ".join(args.goodput))
         target = build_target(args)
-        plan = build_plan(args, 0)
+        if target.tokenizer is not None and args.vocab_size is None:
+            args.vocab_size = target.tokenizer.get_vocab_size()
+        plan = load.plan(args, 0)
     except (ValueError, OSError) as error:
         print(f"tandem bench serve: error: {error}", file=sys.stderr)
         return 2
@@ -198,7 +74,7 @@ def bench(args: argparse.Namespace) -> int:
     runs: list[Run] = []
     summaries: list[dict[str, Any]] = []
     for repeat in range(max(1, args.repeats)):
-        plan = build_plan(args, repeat) if repeat else plan
+        plan = load.plan(args, repeat) if repeat else plan
         try:
             runs.append(asyncio.run(run(target, plan, progress=not args.no_progress)))
         except ConnectionError as error:

@@ -24,13 +24,13 @@ commands:
   router    one router: the OpenAI-compatible HTTP server
   prefill   one prefill worker
   decode    one decode worker
-  bench     measure a server: `tandem bench serve`
+  bench     measure servers: `tandem bench serve`, `tandem bench sweep`
   keygen    make a CurveZMQ key pair: `tandem keygen NAME [DIRECTORY]`
   version   print the version
 
 `tandem COMMAND --help` lists the flags of a command."""
 
-BENCHMARKS = ("serve",)
+BENCHMARKS = ("serve", "sweep")
 
 
 def version() -> str:
@@ -88,8 +88,10 @@ def _worker(role: str, argv: Sequence[str]) -> int:
 def _bench(argv: Sequence[str]) -> int:
     if not argv or argv[0] not in BENCHMARKS:
         raise UsageError(f"expected `tandem bench {'|'.join(BENCHMARKS)}`")
-    from benchmarks.serve import main as run
-
+    if argv[0] == "serve":
+        from benchmarks.serve import main as run
+    else:
+        from benchmarks.sweep import main as run
     return run(argv[1:])
 
 

@@ -3,11 +3,13 @@
 import argparse
 import asyncio
 import json
+from itertools import pairwise
 from pathlib import Path
+from statistics import mean, median
 
 import pytest
 
-from benchmarks import serve, stats
+from benchmarks import load, serve, stats
 from benchmarks.run import run
 from deploy import cli
 from tests.benchmarks.slow_server import slow_server
@@ -20,29 +22,33 @@ def arguments(*argv: str) -> argparse.Namespace:
 
 
 async def test_times_are_those_of_the_server() -> None:
+    """Medians within 2 % of a TTFT of 200 ms and an ITL of 20 ms. The machine may be busy: what
+    counts is when the server really wrote, and no single request."""
     async with slow_server(ttft_s=0.2, itl_s=0.02) as server:
         args = arguments(
-            "--base-url", server.url, "--num-prompts", "4", "--random-output-len", "20",
-            "--random-input-len", "8", "--max-concurrency", "1",
+            "--base-url", server.url, "--num-prompts", "9", "--random-output-len", "20",
+            "--random-input-len", "8", "--max-concurrency", "3",
         )  # fmt: skip
-        result = await run(serve.build_target(args), serve.build_plan(args, 0), progress=False)
-    assert [r.error for r in result.records] == [""] * 4
-    for record, times in zip(result.records, server.sent, strict=True):
-        arrived, *sent = times
-        # The client's clock starts before the server sees the request and stops after it wrote.
-        assert record.ttft_s >= sent[0] - arrived
-        assert record.ttft_s == pytest.approx(sent[0] - arrived, rel=0.02, abs=0.01)
-        real_tpot = (sent[-1] - sent[0]) / 19
-        assert record.tpot_s == pytest.approx(real_tpot, rel=0.02, abs=0.001)
+        result = await run(serve.build_target(args), load.plan(args, 0), progress=False)
+    assert [r.error for r in result.records] == [""] * 9
+    for record in result.records:
+        assert record.ttft_s >= 0.2
         assert len(record.itl_s) == 19
         assert record.output_len == 20
+    summary = stats.summarize(result, {})
+    ttfts = [times[1] - times[0] for times in server.sent]
+    tpots = [(times[-1] - times[1]) / 19 for times in server.sent]
+    assert summary["median_ttft_ms"] == pytest.approx(median(ttfts) * 1e3, rel=0.02)
+    assert summary["median_tpot_ms"] == pytest.approx(median(tpots) * 1e3, rel=0.02)
+    itls = [b - a for times in server.sent for a, b in pairwise(times[1:])]
+    assert summary["mean_itl_ms"] == pytest.approx(mean(itls) * 1e3, rel=0.02)
 
 
 async def test_rejections_are_misses() -> None:
     async with slow_server(ttft_s=0.0, itl_s=0.0) as server:
         server.reject = True
         args = arguments("--base-url", server.url, "--num-prompts", "5")
-        result = await run(serve.build_target(args), serve.build_plan(args, 0), progress=False)
+        result = await run(serve.build_target(args), load.plan(args, 0), progress=False)
     summary = stats.summarize(result, {"ttft": 1000.0})
     assert (summary["completed"], summary["errors"], summary["rejected"]) == (0, 0, 5)
     assert summary["request_goodput"] == 0.0
@@ -55,7 +61,7 @@ async def test_conversation_turns_continue_the_answer() -> None:
             "--base-url", server.url, "--dataset-name", "conversation", "--num-prompts", "6",
             "--conversation-turns", "3", "--random-input-len", "4", "--random-output-len", "2",
         )  # fmt: skip
-        plan = serve.build_plan(args, 0)
+        plan = load.plan(args, 0)
         result = await run(serve.build_target(args), plan, progress=False)
     assert all(r.ok for r in result.records)
     for number, query in enumerate(plan.queries):
@@ -69,7 +75,7 @@ async def test_conversation_turns_continue_the_answer() -> None:
 
 async def test_dead_server_is_an_error_not_a_crash() -> None:
     args = arguments("--base-url", "http://127.0.0.1:9", "--num-prompts", "3")
-    result = await run(serve.build_target(args), serve.build_plan(args, 0), progress=False)
+    result = await run(serve.build_target(args), load.plan(args, 0), progress=False)
     assert all("ClientConnector" in r.error for r in result.records)
     summary = stats.summarize(result, {})
     assert summary["errors"] == 3
@@ -83,7 +89,7 @@ async def test_warm_ups_do_not_warm_the_cache_for_the_run() -> None:
             "--base-url", server.url, "--num-prompts", "4", "--num-warmups", "3",
             "--random-input-len", "6", "--random-output-len", "1", "--max-concurrency", "2",
         )  # fmt: skip
-        result = await run(serve.build_target(args), serve.build_plan(args, 0), progress=False)
+        result = await run(serve.build_target(args), load.plan(args, 0), progress=False)
     assert len(result.records) == 4
     assert len({tuple(prompt) for prompt in server.prompts}) == 7
 
@@ -94,7 +100,7 @@ async def test_a_closed_loop_is_due_when_its_turn_comes() -> None:
             "--base-url", server.url, "--num-prompts", "6", "--max-concurrency", "2",
             "--random-output-len", "1",
         )  # fmt: skip
-        result = await run(serve.build_target(args), serve.build_plan(args, 0), progress=False)
+        result = await run(serve.build_target(args), load.plan(args, 0), progress=False)
     assert [r.held_s for r in result.records] == [0.0] * 6
     assert max(r.lag_s for r in result.records) < 0.05
     # Never more than two at once, and always two until the end.
@@ -111,7 +117,7 @@ async def test_a_request_that_was_held_back_misses_its_goal() -> None:
             "--base-url", server.url, "--num-prompts", "4", "--max-concurrency", "1",
             "--request-rate", "1000", "--burstiness", "inf", "--random-output-len", "1",
         )  # fmt: skip
-        result = await run(serve.build_target(args), serve.build_plan(args, 0), progress=False)
+        result = await run(serve.build_target(args), load.plan(args, 0), progress=False)
     # All due at once, served one after the other: the fourth waited for 0.3 s.
     assert result.records[3].held_s == pytest.approx(0.3, abs=0.06)
     assert max(r.ttft_s for r in result.records) < 0.17
@@ -127,7 +133,7 @@ async def test_a_run_that_is_cut_tells_late_from_not_due() -> None:
             "--base-url", server.url, "--num-prompts", "10", "--request-rate", "10", "--burstiness",
             "inf", "--max-seconds", "0.55",
         )  # fmt: skip
-        result = await run(serve.build_target(args), serve.build_plan(args, 0), progress=False)
+        result = await run(serve.build_target(args), load.plan(args, 0), progress=False)
     # The run starts 0.2 s before the first request: those of 0, 0.1, 0.2 and 0.3 s were sent.
     assert [r.error for r in result.records] == ["cut at the time limit"] * 4
     assert result.not_due == 6
@@ -137,7 +143,7 @@ async def test_a_run_that_is_cut_tells_late_from_not_due() -> None:
     ("arguments_", "line"),
     [
         (["--burst-size", "2"], "--burst-size needs a finite --request-rate"),
-        (["--request-rate", "0"], "rates must be above 0"),
+        (["--request-rate", "0"], "rates and scales must be above 0"),
         (["--dataset-name", "trace"], "--dataset-name trace needs --dataset-path"),
         (["--slo", "ttfb:1s"], "bad SLO 'ttfb:1s': expected METRIC:TIME with METRIC one of "
                                "ttft, tpot, itl, e2el"),
@@ -176,7 +182,7 @@ async def test_json_holds_summary_and_records(
 
 def test_the_command_knows_its_benchmarks(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "sideways"]) == 2
-    assert capsys.readouterr().err == "tandem bench: error: expected `tandem bench serve`\n"
+    assert capsys.readouterr().err == "tandem bench: error: expected `tandem bench serve|sweep`\n"
     with pytest.raises(SystemExit) as ended:
         cli.main(["bench", "serve", "--help"])
     assert ended.value.code == 0

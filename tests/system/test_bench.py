@@ -1,5 +1,6 @@
 """`tandem bench serve` against a real deployment, every dataset."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -97,3 +98,28 @@ def test_trace(served: Deployment, tmp_path: Path) -> None:
     assert summary["total_input_tokens"] == sum(lengths) // 8
     # The first two blocks of the trace are 64 tokens here, and common to all.
     assert summary["cached_tokens"] == 7 * 128
+
+
+def test_a_trace_replays_through_two_and_two(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """With its arrival times: ticks that several requests share, prompts that continue others."""
+    path = tmp_path / "trace.jsonl.gz"
+    rows = [
+        {"timestamp": 3000 * (i // 4), "input_length": 900 + 512 * (i % 4), "output_length": 160,
+         "hash_ids": [0, *(100 * (i % 3) + j for j in range(1 + i % 4))]}
+        for i in range(24)
+    ]  # fmt: skip
+    with gzip.open(path, "wt") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+    with deployment(checkpoint("llama"), prefill=2, decode=2) as served:
+        summary = bench(
+            served, "--dataset-name", "trace", "--dataset-path", str(path), "--num-prompts", "0",
+            "--trace-length-scale", "0.0625", "--trace-time-scale", "6",
+            "--trace-max-input-len", "120", "--trace-max-output-len", "8",
+        )  # fmt: skip
+    assert summary["completed"] == 24
+    lengths = [min(120, round((900 + 512 * (i % 4)) / 16)) for i in range(24)]
+    assert summary["total_input_tokens"] == sum(lengths)
+    assert summary["total_output_tokens"] == 24 * 8
+    # Five gaps of 3 s, six times as fast; the last tick is spread over another one.
+    assert summary["duration_s"] > 2.5
+    assert summary["cached_tokens"] > 0
