@@ -22,7 +22,7 @@ MAIN: Final = "library.cpp"
 COMPILERS: Final = ("c++", "g++", "clang++")
 FLAGS: Final = (
     "-std=c++20",
-    "-O2",
+    "-O3",
     "-shared",
     "-fPIC",
     "-pthread",

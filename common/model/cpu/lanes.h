@@ -11,6 +11,7 @@
 // -ffp-contract=off): the same formula gives the same bits in every kernel.
 #pragma once
 
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -54,15 +55,17 @@ inline void store(float* p, Lanes x) { _mm512_storeu_ps(p, x); }
 inline Lanes fma(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a, b, c); }
 inline Lanes larger(Lanes a, Lanes b) { return _mm512_max_ps(a, b); }
 inline Lanes smaller(Lanes a, Lanes b) { return _mm512_min_ps(a, b); }
-inline Lanes nearest(Lanes x) {
-    return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
 inline Lanes root(Lanes x) { return _mm512_sqrt_ps(x); }
-// x * 2^n for whole n; the result is 0 where n is below -126.
-inline Lanes scale2(Lanes x, Lanes n) {
-    const __mmask16 normal = _mm512_cmp_ps_mask(n, _mm512_set1_ps(-126.0f), _CMP_GE_OQ);
-    return _mm512_maskz_scalef_ps(normal, x, n);
+// A number as its nearest whole one and the rest.
+struct Split {
+    Lanes whole, fraction;
+};
+inline Split split(Lanes x) {  // infinities have no fraction
+    const Lanes fraction = _mm512_reduce_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return {x - fraction, fraction};
 }
+// x * 2^n for whole n.
+inline Lanes scale2(Lanes x, Lanes n) { return _mm512_scalef_ps(x, n); }
 // Keeps lanes first <= i < last, the others become `other`, whatever they are, NaN too.
 inline Lanes keep(Lanes x, int first, int last, Lanes other) {
     const __m512i index = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -121,6 +124,19 @@ inline Words pair_up(const bf16* a, const bf16* b) {
     const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)a));
     const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)b));
     return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+
+// The same of 32 columns.
+inline void pair_up32(const bf16* a, const bf16* b, uint32_t* to) {
+    alignas(64) static constexpr auto order = [] {
+        std::array<uint16_t, 64> index{};
+        for (int i = 0; i < 64; ++i) index[i] = uint16_t(i / 2 + i % 2 * 32);
+        return index;
+    }();
+    const __m512i one = _mm512_loadu_si512(a), two = _mm512_loadu_si512(b);
+    const auto* p = order.data();
+    store_words(to, _mm512_permutex2var_epi16(one, _mm512_load_si512(p), two));
+    store_words(to + LANES, _mm512_permutex2var_epi16(one, _mm512_load_si512(p + 32), two));
 }
 
 // to[i * to_stride + j] = from[j * from_stride + i] for 16 rows of `count` <= 16 words.
@@ -202,9 +218,15 @@ inline Half larger(Half a, Half b) { return a > b ? a : b; }
 inline Lanes larger(Lanes a, Lanes b) { return {larger(a.low, b.low), larger(a.high, b.high)}; }
 inline Half smaller(Half a, Half b) { return a < b ? a : b; }
 inline Lanes smaller(Lanes a, Lanes b) { return {smaller(a.low, b.low), smaller(a.high, b.high)}; }
-inline Lanes nearest(Lanes x) {  // for |x| < 2^22
-    const Lanes shift = fill(12582912.0f);
-    return (x + shift) - shift;
+struct Split {
+    Lanes whole, fraction;
+};
+inline Split split(Lanes x) {
+    // Infinities have no fraction: far below is 0 and far above infinite all the same.
+    x = smaller(larger(x, fill(-1000.0f)), fill(1000.0f));
+    const Lanes shift = fill(12582912.0f);  // rounds |x| < 2^22
+    const Lanes whole = (x + shift) - shift;
+    return {whole, x - whole};
 }
 inline Lanes root(Lanes x) {
     return each(x, [](float v, int) { return std::sqrt(v); });
@@ -273,6 +295,10 @@ inline Words pair_up(const bf16* a, const bf16* b) {
     for (int i = 0; i < 16; ++i) words[i] = a[i].bits | uint32_t(b[i].bits) << 16;
     return load_words(words);
 }
+inline void pair_up32(const bf16* a, const bf16* b, uint32_t* to) {
+    store_words(to, pair_up(a, b));
+    store_words(to + LANES, pair_up(a + LANES, b + LANES));
+}
 inline void transpose16(const uint32_t* from, size_t from_stride, int count, uint32_t* to,
                         size_t to_stride) {
     for (int i = 0; i < count; ++i)
@@ -284,22 +310,42 @@ inline void transpose16(const uint32_t* from, size_t from_stride, int count, uin
 inline Words pair_up(const float* a, const float*) {
     return load_words(reinterpret_cast<const uint32_t*>(a));
 }
+inline void pair_up32(const float* a, const float*, uint32_t* to) {
+    std::memcpy(to, a, 2 * LANES * sizeof(float));
+}
 
-// 2^x, to about 1 unit in the last place; exactly 1 at 0, exactly 0 below -126.
-// 2^f on [-0.5, 0.5] by the polynomial of exp2f in Cephes (Moshier).
-inline Lanes exp2(Lanes x) {
-    // Infinities have no fraction: far below is 0 and far above infinite all the same.
-    x = smaller(larger(x, fill(-1000.0f)), fill(1000.0f));
-    const Lanes whole = nearest(x);
-    const Lanes f = x - whole;
+// 2^f on [-0.5, 0.5] by the polynomial of exp2f in Cephes (Moshier), to about 1 unit in the last
+// place; exactly 1 at 0.
+inline Lanes exp2_fraction(Lanes f) {
     Lanes y = fill(1.5353362e-4f);
     y = fma(y, f, fill(1.3398874e-3f));
     y = fma(y, f, fill(9.6184373e-3f));
     y = fma(y, f, fill(5.5503324e-2f));
     y = fma(y, f, fill(2.4022648e-1f));
     y = fma(y, f, fill(6.9314720e-1f));
-    y = fma(y, f, fill(1.0f));
-    return scale2(y, whole);
+    return fma(y, f, fill(1.0f));
+}
+
+// 2^x; 0 far below, infinite far above.
+inline Lanes exp2(Lanes x) {
+    const Split parts = split(x);
+    return scale2(exp2_fraction(parts.fraction), parts.whole);
+}
+
+// 2^x for a weight that will be rounded to T: for bfloat16 a polynomial of fewer terms, true to
+// 4e-5 (Taylor), which is a hundredth of what rounding takes away.
+template <class T>
+inline Lanes weight_of(Lanes x) {
+    return exp2(x);
+}
+template <>
+inline Lanes weight_of<bf16>(Lanes x) {
+    const Split parts = split(x);
+    const Lanes f = parts.fraction;
+    Lanes y = fma(fill(9.6181291e-3f), f, fill(5.5504109e-2f));
+    y = fma(y, f, fill(2.4022651e-1f));
+    y = fma(y, f, fill(6.9314718e-1f));
+    return scale2(fma(y, f, fill(1.0f)), parts.whole);
 }
 
 constexpr float LOG2_E = 1.44269504088896340736f;

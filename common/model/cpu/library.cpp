@@ -129,11 +129,16 @@ void tandem_attention_apply(AttentionHandle* handle, int32_t layer, int32_t wind
     std::visit(
         [&]<class T>(AttentionOf<T>& kernel) {
             const int most = Attention<T>::task_tokens(s);
-            for (int first = 0; first < count; first += most)
-                kernel.attention.attend(kernel.pool, layer, window, {start, count, 0, blocks},
-                                        {0, kv_head, first, std::min(first + most, count)},
-                                        static_cast<const T*>(queries) + first * stride,
-                                        static_cast<T*>(to) + first * stride, stride);
+            const Span span{start, count, 0, blocks};
+            for (int first = 0; first < count; first += most) {
+                const int last = std::min(first + most, count);
+                const Part parts = Attention<T>::parts(window, start + first, start + last);
+                const Task task{0,          first,      last, kv_head, kv_head + 1,
+                                parts.first, parts.last, true};
+                kernel.attention.attend(kernel.pool, layer, window, span, task,
+                                        static_cast<const T*>(queries) + first * stride, 0,
+                                        static_cast<T*>(to) + first * stride, stride, {});
+            }
         },
         handle->kernel);
 }

@@ -69,6 +69,52 @@ inline void multiply(int rows, const uint32_t* a, size_t a_stride, const uint32_
     blocks[rows - 1](a, a_stride, b, b_stride, steps, to, to_stride);
 }
 
+// to of 1..MAX_ROWS rows and `columns`, a multiple of 32, over b that lies in the caches. Few rows
+// take more columns at a time: a sum waits for its last addition, so there must be many of them.
+template <class T, int ROWS, int COLUMNS>
+inline void multiply_columns(const uint32_t* a, size_t a_stride, const uint32_t* b, size_t b_stride,
+                             int steps, float* to, size_t to_stride) {
+    Lanes sums[ROWS][COLUMNS];
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 16
+        for (int c = 0; c < COLUMNS; ++c) sums[r][c] = fill(0.0f);
+    for (int step = 0; step < steps; ++step, b += b_stride) {
+        Words columns[COLUMNS];
+#pragma GCC unroll 16
+        for (int c = 0; c < COLUMNS; ++c) columns[c] = load_words(b + c * LANES);
+#pragma GCC unroll 16
+        for (int r = 0; r < ROWS; ++r) {
+            const Words row = fill_words(a[r * a_stride + step]);
+#pragma GCC unroll 16
+            for (int c = 0; c < COLUMNS; ++c) sums[r][c] = dot<T>(sums[r][c], row, columns[c]);
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 16
+        for (int c = 0; c < COLUMNS; ++c) store(to + r * to_stride + c * LANES, sums[r][c]);
+}
+template <class T>
+inline void multiply_wide(int rows, const uint32_t* a, size_t a_stride, const uint32_t* b,
+                          size_t b_stride, int steps, float* to, size_t to_stride, int columns) {
+    constexpr int WIDE = 4 * LANES;
+    int first = 0;
+    if constexpr (MAX_ROWS >= 12) {
+        const auto wide = [&]<int ROWS>() {
+            for (; first + WIDE <= columns; first += WIDE)
+                multiply_columns<T, ROWS, 4>(a, a_stride, b + first, b_stride, steps, to + first,
+                                             to_stride);
+        };
+        if (rows == 1) wide.template operator()<1>();
+        if (rows == 2) wide.template operator()<2>();
+        if (rows == 3) wide.template operator()<3>();
+        if (rows == 4) wide.template operator()<4>();
+    }
+    for (; first < columns; first += TILE)
+        multiply<T, 0>(rows, a, a_stride, b + first, b_stride, steps, to + first, to_stride);
+}
+
 // Calls f(first, count) over `rows` in blocks of at most MAX_ROWS, of nearly equal size.
 template <class F>
 inline void in_blocks(int rows, F&& f) {

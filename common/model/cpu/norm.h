@@ -46,7 +46,13 @@ inline void place_head(const float* from, const std::vector<float>& norm, float 
     std::memcpy(x, from, head_dim * sizeof(float));
     if (!norm.empty()) rms_norm(x, norm.data(), head_dim, round_up(head_dim, LANES), eps, x);
     const int half = head_dim / 2;
-    for (int i = 0; i < half; ++i) {
+    int i = 0;
+    for (; i + LANES <= half; i += LANES) {
+        const Lanes a = load(x + i), b = load(x + i + half), c = load(cos + i), d = load(sin + i);
+        store(rotated + i, a * c - b * d);
+        store(rotated + i + half, b * c + a * d);
+    }
+    for (; i < half; ++i) {
         rotated[i] = x[i] * cos[i] - x[i + half] * sin[i];
         rotated[i + half] = x[i + half] * cos[i] + x[i] * sin[i];
     }

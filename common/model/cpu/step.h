@@ -6,6 +6,8 @@
 // operands of matrix products are of the model's type.
 #pragma once
 
+#include <atomic>
+#include <memory>
 #include <numeric>
 
 #include "attention.h"
@@ -27,6 +29,8 @@ class Model {
             layers_.emplace_back(shape, from.layer[i], arena_, team_);
         Layer<T>::pack(head_, from.head, shape.vocab, shape.hidden, arena_, team_);
         for (int i = 0; i < team_.size(); ++i) attention_.emplace_back(shape);
+        for (const auto& layer : layers_) windowed_ |= layer.window > 0;
+        own_queries_.resize(size_t(team_.size()) * shape.heads * shape.head_dim);
     }
 
     void step(const tandem_batch& batch) {
@@ -40,34 +44,96 @@ class Model {
     static constexpr int FEW = 8;           // rows
     static constexpr int LAYER_PHASES = 8;  // at most
 
+    // The partitions of a decode row that several tasks share; the last of them combines.
+    struct Pieces {
+        int first_part, parts, tasks;  // tasks: 0: one task, nothing to combine
+        size_t kept;                   // where in partials_: [partition, kv head, partial_size]
+        std::atomic<int> done;
+    };
+
     void prepare(const tandem_batch& batch) {
         spans_.clear();
         tasks_.clear();
         span_of_.clear();
         int token = 0;
         only_decode_ = true;
+        int64_t units = 0;  // partitions of one head, of decode rows
         for (int row = 0; row < batch.rows; ++row) {
             const Span span{batch.starts[row], batch.counts[row], token,
                             batch.blocks + batch.block_offsets[row]};
-            const int most = Attention<T>::task_tokens(s_);
-            for (int first = 0; first < span.count; first += most)
-                for (int head = 0; head < s_.kv_heads; ++head)
-                    tasks_.push_back({row, head, first, std::min(first + most, span.count)});
             spans_.push_back(span);
             span_of_.insert(span_of_.end(), span.count, row);
             token += span.count;
             only_decode_ &= span.count == 1;
+            if (span.count == 1) units += (span.start / PART + 1) * s_.kv_heads;
         }
-        // The longest first, so that threads end together.
-        const auto cost = [&](const Task& task) {
-            return int64_t(task.last - task.first) * (spans_[task.row].start + task.last);
-        };
-        std::stable_sort(tasks_.begin(), tasks_.end(),
-                         [&](const Task& a, const Task& b) { return cost(a) > cost(b); });
+        make_tasks(units);
         reserve(batch.tokens, batch.samples);
         std::fill(best_.data(), best_.data() + team_.size() * size_t(sample_capacity_),
                   Best{-std::numeric_limits<float>::infinity(), 0});
         phases_.reset(s_.layers * LAYER_PHASES + 4);
+    }
+
+    // A decode row is one task, so that the heads of a block are read together; where that would
+    // leave threads idle it is cut by partitions, then by heads.
+    void make_tasks(int64_t units) {
+        const int rows = int(spans_.size());
+        if (rows > pieces_capacity_)
+            pieces_ = std::make_unique<Pieces[]>(pieces_capacity_ = int(round_up(rows, 64)));
+        const int share = team_.size() == 1
+                              ? std::numeric_limits<int>::max()
+                              : int(std::max<int64_t>(1, units / (4 * team_.size())));
+        size_t kept = 0;
+        for (int row = 0; row < rows; ++row) {
+            const Span& span = spans_[row];
+            pieces_[row].tasks = 0;
+            pieces_[row].done.store(0, std::memory_order_relaxed);
+            if (span.count > 1) {
+                const int most = Attention<T>::task_tokens(s_);
+                for (int first = 0; first < span.count; first += most)
+                    for (int head = 0; head < s_.kv_heads; ++head)
+                        tasks_.push_back(task_of(row, first, std::min(first + most, span.count),
+                                                 head, head + 1));
+                continue;
+            }
+            Task task = task_of(row, 0, 1, 0, s_.kv_heads);
+            const int parts = task.last_part - task.first_part;
+            // Layers with a window see less; their tasks are cut anew in `attend`.
+            if (int64_t(parts) * s_.kv_heads <= share || windowed_) {
+                tasks_.push_back(task);
+                continue;
+            }
+            Pieces& pieces = pieces_[row];
+            pieces.first_part = task.first_part;
+            pieces.parts = parts;
+            pieces.kept = kept;
+            kept += size_t(parts) * s_.kv_heads * Attention<T>::partial_size(s_);
+            const int heads = std::min(share, s_.kv_heads), length = std::max(1, share / heads);
+            task.whole = false;
+            for (int part = 0; part < parts; part += length)
+                for (int head = 0; head < s_.kv_heads; head += heads) {
+                    task.first_head = head;
+                    task.last_head = std::min(head + heads, s_.kv_heads);
+                    task.first_part = pieces.first_part + part;
+                    task.last_part = pieces.first_part + std::min(part + length, parts);
+                    tasks_.push_back(task);
+                    ++pieces.tasks;
+                }
+        }
+        if (kept > kept_capacity_) partials_.resize(kept_capacity_ = kept);
+        // The longest first, so that threads end together.
+        const auto cost = [&](const Task& task) {
+            return int64_t(task.last - task.first) * (task.last_part - task.first_part) *
+                   (task.last_head - task.first_head);
+        };
+        std::stable_sort(tasks_.begin(), tasks_.end(),
+                         [&](const Task& a, const Task& b) { return cost(a) > cost(b); });
+    }
+
+    Task task_of(int row, int first, int last, int first_head, int last_head) const {
+        const int start = spans_[row].start;
+        const Part parts = Attention<T>::parts(0, start + first, start + last);
+        return {row, first, last, first_head, last_head, parts.first, parts.last, true};
     }
 
     void reserve(int tokens, int samples) {
@@ -170,10 +236,11 @@ class Model {
                             });
         if (!only_decode_)
             walk.each(tokens * s_.kv_heads, 4 * s_.kv_heads, [&](int i) {
-                place(walk.batch, layer, number, i / s_.kv_heads, i % s_.kv_heads);
+                const int token = i / s_.kv_heads, head = i % s_.kv_heads;
+                place(walk.batch, layer, number, token, head, queries_of(head, token), true);
             });
         walk.each(int(tasks_.size()), 1,
-                  [&](int i) { attend(walk.batch, layer, number, tasks_[i], walk.id); });
+                  [&](int i) { attend(walk.batch, layer, number, i, walk.id); });
         walk.linear(layer.o, attended_.data(), s_.attended_stride(), tokens,
                     add_to_x(layer.o_bias));
         walk.linear_of_norm(
@@ -200,18 +267,19 @@ class Model {
         return queries_.data() + (size_t(kv_head) * capacity_ + token) * s_.group() * s_.head_dim;
     }
 
-    // Rotates one kv head's queries and key of a token, and writes its key and value to the pool.
-    void place(const tandem_batch& batch, const Layer<T>& layer, int number, int token,
-               int kv_head) {
+    // Rotates one kv head's queries of a token, and its key if it is to be written to the pool with
+    // its value.
+    void place(const tandem_batch& batch, const Layer<T>& layer, int number, int token, int kv_head,
+               T* queries, bool writes) {
         const Span& span = spans_[span_of_[token]];
         const int position = span.start + token - span.first_token, dim = s_.head_dim;
         const float* cos = batch.cos + int64_t(position) * (dim / 2);
         const float* sin = batch.sin + int64_t(position) * (dim / 2);
         const float* heads = qkv_.data() + token * s_.qkv_stride();
-        T* queries = queries_of(kv_head, token);
         for (int i = 0; i < s_.group(); ++i)
             place_head(heads + (kv_head * s_.group() + i) * dim, layer.q_norm, s_.eps, cos, sin,
                        dim, queries + i * dim);
+        if (!writes) return;
         const int block = span.blocks[position / s_.block_size], slot = position % s_.block_size;
         place_head(heads + (s_.heads + kv_head) * dim, layer.k_norm, s_.eps, cos, sin, dim,
                    pool_.page(block, number, 0, kv_head) + slot * dim);
@@ -219,17 +287,60 @@ class Model {
                   heads + (s_.heads + s_.kv_heads + kv_head) * dim, dim);
     }
 
-    void attend(const tandem_batch& batch, const Layer<T>& layer, int number, const Task& task,
-                int id) {
+    void attend(const tandem_batch& batch, const Layer<T>& layer, int number, int index, int id) {
+        const auto cut = [&](Task task) {
+            const int start = spans_[task.row].start;
+            if (layer.window > 0)
+                task.first_part = Attention<T>::parts(layer.window, start + task.first,
+                                                      start + task.last).first;
+            return task;
+        };
+        const Task task = cut(tasks_[index]);
         const Span& span = spans_[task.row];
-        const int token = span.first_token + task.first;
+        const int token = span.first_token + task.first, group_size = s_.group() * s_.head_dim;
+        const bool decode = span.count == 1;
+        T* queries = queries_of(task.first_head, token);
+        size_t head_stride = size_t(capacity_) * group_size;
         // A decode row needs no key of this step but its own.
-        if (only_decode_) place(batch, layer, number, token, task.kv_head);
-        attention_[id].attend(pool_, number, layer.window, span, task,
-                              queries_of(task.kv_head, token),
-                              attended_.data() + token * s_.attended_stride() +
-                                  task.kv_head * s_.group() * s_.head_dim,
-                              s_.attended_stride());
+        if (only_decode_) {
+            queries = own_queries_.data() + size_t(id) * s_.heads * s_.head_dim;
+            head_stride = group_size;
+            const bool writes = task.last_part == span.start / PART + 1;
+            for (int head = task.first_head; head < task.last_head; ++head)
+                place(batch, layer, number, token, head,
+                      queries + (head - task.first_head) * head_stride, writes);
+        }
+        Attention<T>& attention = attention_[id];
+        // The threads take turns, as a rule.
+        Ahead next;
+        const int following = index + team_.size();
+        const Task coming = following < int(tasks_.size()) ? cut(tasks_[following]) : task;
+        if (following < int(tasks_.size()))
+            next = Attention<T>::beginning(spans_[coming.row], coming);
+        if (index < team_.size()) {
+            const Ahead now = Attention<T>::beginning(span, task);
+            for (int piece = 0; piece < now.units * now.heads * 2; ++piece)
+                attention.fetch(pool_, number, now, piece);
+        }
+        T* to = attended_.data() + token * s_.attended_stride();
+        if (task.whole) {
+            attention.attend(pool_, number, layer.window, span, task, queries, head_stride,
+                             to + task.first_head * group_size,
+                             decode ? group_size : s_.attended_stride(), next);
+            return;
+        }
+        Pieces& pieces = pieces_[task.row];
+        const size_t size = Attention<T>::partial_size(s_), stride = size * s_.kv_heads;
+        float* kept = partials_.data() + pieces.kept;
+        attention.part(pool_, number, layer.window, span, task, queries, head_stride, next,
+                       [&](int part, int head) {
+                           return kept + (part - pieces.first_part) * stride +
+                                  (task.first_head + head) * size;
+                       });
+        if (pieces.done.fetch_add(1, std::memory_order_acq_rel) + 1 < pieces.tasks) return;
+        pieces.done.store(0, std::memory_order_relaxed);
+        for (int head = 0; head < s_.kv_heads; ++head)
+            attention.combine(kept + head * size, pieces.parts, stride, to + head * group_size);
     }
 
     struct Best {
@@ -287,13 +398,18 @@ class Model {
     std::vector<Span> spans_;
     std::vector<Task> tasks_;
     std::vector<int> span_of_;  // [tokens]: row of each
-    bool only_decode_ = false;
+    bool only_decode_ = false, windowed_ = false;
+    std::unique_ptr<Pieces[]> pieces_;  // [rows]
+    int pieces_capacity_ = 0;
+    Buffer<float> partials_;
+    size_t kept_capacity_ = 0;
 
     int capacity_ = 0, sample_capacity_ = 0;
     Buffer<float> x_;  // [tokens, hidden], the residual
     Buffer<T> normed_;
     Buffer<float> qkv_;  // [tokens, q heads, k heads, v heads]
     Buffer<T> queries_, attended_, inner_, sampled_;
+    Buffer<T> own_queries_;  // [threads, heads, head_dim], of the decode row at hand
     Buffer<Best> best_;  // [threads, samples]
 };
 
