@@ -26,6 +26,7 @@ commands:
   decode    one decode worker
   bench     measure servers: `tandem bench serve`, `tandem bench sweep`
   keygen    make a CurveZMQ key pair: `tandem keygen NAME [DIRECTORY]`
+  simulate  what a deployment would do under a recorded load
   version   print the version
 
 `tandem COMMAND --help` lists the flags of a command."""
@@ -107,6 +108,13 @@ def _keygen(argv: Sequence[str]) -> int:
     return 0
 
 
+def _simulate(argv: Sequence[str]) -> int:
+    from router.simulate.config import SimulateConfig
+    from router.simulate.main import main as run
+
+    return run(parse(SimulateConfig, argv, "tandem simulate"))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 1 (cannot run as configured), 2 (usage)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -126,13 +134,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _bench(rest)
             case "keygen":
                 return _keygen(rest)
+            case "simulate":
+                return _simulate(rest)
             case "version" | "--version":
                 print(f"tandem {version()}")
                 return 0
             case _:
                 raise UsageError(f"unknown command {command!r} (see tandem --help)")
     except ConfigError as error:
-        known = command in ("up", "router", "prefill", "decode", "bench", "keygen")
+        known = command in ("up", "router", "prefill", "decode", "bench", "keygen", "simulate")
         print(f"tandem{f' {command}' if known else ''}: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:

@@ -1,16 +1,24 @@
-"""Where a request goes: `place` chooses prefill and decode worker together. Pure: no I/O, no clock.
+"""Where a request goes: `place` chooses mode, prefill and decode worker together. Pure: no I/O, no
+clock.
 
-Called by `router.service` with a view of the request and a snapshot of the workers, and by the
-simulator with its own. Everything is counted in tokens: what a prefill worker has to compute
-before this prompt's first token, and what a decode worker already holds.
+Called by `router.dispatch` with a view of the request and a snapshot of the workers, and by the
+simulator with its own. Costs are predicted seconds, from the cost model of each worker:
+
+    prefill worker:  wait + WORK * compute + HOLD * (blocks that its cache must take in)
+    decode worker:   what its steps read beside this sequence, what is shipped, the wait for a seat
+
+`compute` counts `WORK` times: once for this prompt, and for those that will wait behind it. The
+wait is the longer of the worker's queue and of a prefix's way from another worker that holds it.
+A decode worker may prefill itself, beside its residents, if their steps stay within their limit.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Final, TypeVar
 
 from common.messages import KvLayoutInfo
+from router.cost import PRIOR, CostModel
 
 _Option = TypeVar("_Option")
 
@@ -20,6 +28,23 @@ one step beside its residents, cheaper than another worker and a transfer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """What placement weighs against a second of this request's own wait."""
+
+    work: float = 4.0
+    """A second of compute: this prompt's, and that of those who come to wait behind it."""
+    hold: float = 0.1
+    """A second that it took to compute what a cache evicts to take in a copy."""
+    decode: float = 64.0
+    """A second that one more read of a decode worker's KV takes: steps that it is felt in."""
+    local: float = 0.8
+    """Part of the limit of a step that a decode worker's prefill may fill."""
+
+
+WEIGHTS: Final = Weights()
+
+
+@dataclass(slots=True, kw_only=True)
 class Candidate:
     """One live worker as placement sees it; load includes what this router has in flight."""
 
@@ -32,11 +57,25 @@ class Candidate:
     max_num_seqs: int
     prefill_tokens: int = 0
     """Prompt tokens that it still has to compute."""
+    queue_s: float | None = None
+    """Seconds until it has computed them; None: as its cost model says."""
     kv_tokens: int = 0
     """Tokens that its sequences hold or will hold once they arrive."""
     num_seqs: int = 0
     ready: bool = True
     """Takes new work."""
+    cost: CostModel = PRIOR
+    chunk_tokens: int = 512
+    """Prompt tokens that a decode worker computes in one step beside its residents."""
+    fetch_s: float | None = None
+    """Seconds per token of a prefix that another worker sends it; None: it cannot fetch."""
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds until it can start with another prompt."""
+        if self.queue_s is not None:
+            return self.queue_s
+        return self.prefill_tokens * self.cost.token_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +88,12 @@ class View:
     remaining: int
     """Output tokens that each choice may still get."""
     hits: Mapping[str, int] = field(default_factory=dict)
-    """Worker id -> tokens of the prompt that its cache holds."""
+    """Worker id -> tokens of the prompt that its cache holds, or will hold once it has computed
+    what it was given."""
+    held: Mapping[str, int] = field(default_factory=dict)
+    """Worker id -> tokens of the prompt that others can fetch from it now."""
+    itl_s: float | None = None
+    """Limit of a decode step; None: decode workers prefill only what is next to nothing."""
     avoid: frozenset[str] = frozenset()
     """Workers that this attempt must not use."""
     avoid_pairs: frozenset[tuple[str, str]] = frozenset()
@@ -67,63 +111,149 @@ class Placement:
     decode: str | None
     uncached: int
     """Prompt tokens that are computed, by whoever prefills."""
+    fetch: str | None = None
+    """The worker whose blocks the one that prefills fetches first."""
+    ttft_s: float = field(default=0.0, compare=False)
+    """Predicted seconds to the first token."""
 
 
-def place(view: View, snapshot: Sequence[Candidate], rng: Random) -> Placement | None:
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """How one worker would prefill."""
+
+    score: float
+    load: float
+    worker: Candidate
+    uncached: int
+    fetch: str | None
+    ttft_s: float
+
+    def placement(self, decode: str | None) -> Placement:
+        prefill = self.worker.id if self.worker.role == "prefill" else None
+        return Placement(prefill, decode, self.uncached, self.fetch, self.ttft_s)
+
+
+def place(
+    view: View, snapshot: Sequence[Candidate], rng: Random, weights: Weights = WEIGHTS
+) -> Placement | None:
     """The best placement, or None if no worker can take the attempt now."""
     usable = [
         worker
         for worker in snapshot
         if worker.ready
-        and worker.id not in view.avoid
         and worker.capacity > view.num_tokens
+        and worker.id not in view.avoid
         and view.content_id in (None, worker.content_id)
     ]
-    prefills = [worker for worker in usable if worker.role == "prefill"]
-    decodes = [worker for worker in usable if worker.role == "decode"]
-    if view.remaining == 1 and prefills:
-        chosen = _cheapest(((_prefill_cost(view, p), _load(p), p) for p in prefills), rng)
-        return Placement(chosen.id, None, _uncached(view, chosen))
+    owner = max(view.held, key=lambda id: view.held[id], default=None)
+    plans = [_remote(view, p, owner, weights) for p in usable if p.role == "prefill"]
+    if view.remaining == 1 and plans:
+        return _cheapest(((p.score, p.load, p) for p in plans), rng).placement(None)
+    firsts = _Firsts(view, plans, rng)
     best: list[tuple[float, float, Placement]] = []
-    for decode in decodes:
-        decode_cost = _decode_cost(view, decode)
-        partners = [p for p in prefills if _fits(view, p, decode)]
-        hit = view.hits.get(decode.id, 0)
-        if not partners or (hit and _uncached(view, decode) <= LOCAL_TOKENS):
-            cost = decode_cost + _prefill_cost(view, decode)
-            local = Placement(None, decode.id, _uncached(view, decode))
-            best.append((cost, _load(decode), local))
+    for decode in usable:
+        if decode.role != "decode":
             continue
-        for prefill in partners:
+        cost = _decode_cost(view, decode) * decode.cost.kv_s * weights.decode
+        first = firsts.of(decode)
+        if first is not None:
             best.append(
-                (
-                    decode_cost + _prefill_cost(view, prefill),
-                    _load(decode) + _load(prefill),
-                    Placement(prefill.id, decode.id, _uncached(view, prefill)),
-                )
+                (cost + first.score, _load(decode) + first.load, first.placement(decode.id))
             )
-    if not best:
-        return None
-    return _cheapest(best, rng)
+        if first is None or _may_prefill(view, decode, weights):
+            plan = _local(view, decode, owner, weights)
+            best.append((cost + plan.score, plan.load, plan.placement(decode.id)))
+    return _cheapest(best, rng) if best else None
 
 
-def _fits(view: View, prefill: Candidate, decode: Candidate) -> bool:
-    """Blocks of one may be used by the other, and there is a way between them."""
-    return (
-        prefill.content_id == decode.content_id
-        and prefill.layout == decode.layout
-        and (prefill.id, decode.id) not in view.avoid_pairs
+def _remote(view: View, worker: Candidate, owner: str | None, weights: Weights) -> _Plan:
+    cost = worker.cost
+    return _better(view, worker, owner, weights, cost.prefill, worker.wait_s)
+
+
+def _local(view: View, decode: Candidate, owner: str | None, weights: Weights) -> _Plan:
+    """The decode worker computes a chunk in each of its steps."""
+    cost = decode.cost
+    step = cost.step(decode.num_seqs, decode.kv_tokens) if decode.num_seqs else 0.0
+
+    def seconds(new: int, cached: int) -> float:
+        return cost.prefill(new, cached) + step * -(-new // decode.chunk_tokens)
+
+    return _better(view, decode, owner, weights, seconds, decode.wait_s)
+
+
+def _better(
+    view: View,
+    worker: Candidate,
+    owner: str | None,
+    weights: Weights,
+    seconds: Callable[[int, int], float],
+    wait: float,
+) -> _Plan:
+    """The better of computing all that the worker lacks and of fetching a part of it first."""
+    total = view.num_tokens
+    here = hit = min(view.hits.get(worker.id, 0), total - 1)
+    work = seconds(total - hit, hit)
+    score, ttft, fetch = wait + weights.work * work, wait + work, None
+    if owner is not None and owner != worker.id and worker.fetch_s is not None:
+        held = min(view.held[owner], total - 1)
+        if held > hit:
+            ready = max(wait, (held - hit) * worker.fetch_s)
+            less = seconds(total - held, held)
+            fetched = ready + weights.work * less
+            if fetched < score:
+                score, ttft, fetch, hit = fetched, ready + less, owner, held
+    score += weights.hold * (total - here) * worker.cost.token_s
+    return _Plan(score, _load(worker), worker, total - hit, fetch, ttft)
+
+
+def _may_prefill(view: View, decode: Candidate, weights: Weights) -> bool:
+    """The residents' steps bear a prefill beside them."""
+    uncached = _uncached(view, decode)
+    if view.hits.get(decode.id, 0) and uncached <= LOCAL_TOKENS:
+        return True
+    if view.itl_s is None:
+        return False
+    chunk = min(uncached, decode.chunk_tokens)
+    cost = decode.cost
+    longest = cost.step(decode.num_seqs + 1, decode.kv_tokens + view.num_tokens) + chunk * (
+        cost.token_s + cost.pair_s * view.num_tokens
     )
+    return longest <= weights.local * view.itl_s
+
+
+class _Firsts:
+    """The best prefill plan for each decode worker: blocks of one may be used by the other, and
+    there is a way between them."""
+
+    def __init__(self, view: View, plans: Sequence[_Plan], rng: Random) -> None:
+        self._avoid = view.avoid_pairs
+        self._rng = rng
+        self._groups: dict[tuple[str, KvLayoutInfo], list[_Plan]] = {}
+        self._best: dict[tuple[str, KvLayoutInfo], _Plan] = {}
+        for plan in plans:
+            key = (plan.worker.content_id, plan.worker.layout)
+            self._groups.setdefault(key, []).append(plan)
+
+    def of(self, decode: Candidate) -> _Plan | None:
+        key = (decode.content_id, decode.layout)
+        group = self._groups.get(key)
+        if group is None:
+            return None
+        if self._avoid:
+            group = [p for p in group if (p.worker.id, decode.id) not in self._avoid]
+            return self._cheapest(group) if group else None
+        if key not in self._best:
+            self._best[key] = self._cheapest(group)
+        return self._best[key]
+
+    def _cheapest(self, group: Sequence[_Plan]) -> _Plan:
+        return _cheapest(((p.score, p.load, p) for p in group), self._rng)
 
 
 def _uncached(view: View, worker: Candidate) -> int:
     """At least one token is always computed."""
     return max(1, view.num_tokens - view.hits.get(worker.id, 0))
-
-
-def _prefill_cost(view: View, worker: Candidate) -> int:
-    """Tokens that the worker computes until this prompt's first token is there."""
-    return worker.prefill_tokens + _uncached(view, worker)
 
 
 def _decode_cost(view: View, worker: Candidate) -> int:
@@ -142,4 +272,5 @@ def _cheapest(options: Iterable[tuple[float, float, _Option]], rng: Random) -> _
     """Least cost, then least load, then random."""
     listed = list(options)
     least = min((cost, load) for cost, load, _ in listed)
-    return rng.choice([option for cost, load, option in listed if (cost, load) == least])
+    best = [option for cost, load, option in listed if (cost, load) == least]
+    return best[0] if len(best) == 1 else rng.choice(best)
