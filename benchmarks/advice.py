@@ -42,9 +42,9 @@ def advise(
 ) -> Advice:
     """The topology with the highest capacity per core or GPU, and how sure that is."""
     wanted = f"{goals(slo)} for {attainment:.0%} of the requests"
-    ours = sorted((c for c in curves if c.started), key=lambda c: c.per_unit.value, reverse=True)
+    ours = sorted((c for c in curves if c.is_tandem), key=lambda c: c.per_unit.value, reverse=True)
     rivals = sorted(
-        (c for c in curves if not c.started), key=lambda c: c.per_unit.value, reverse=True
+        (c for c in curves if not c.is_tandem), key=lambda c: c.per_unit.value, reverse=True
     )
     if not ours:
         return Advice("No topology of Tandem was measured: no P:D ratio to advise.",

@@ -19,8 +19,9 @@ class Contender:
     """Cores or GPUs that it has: figures per unit are divided by this."""
     prefill: int = 0
     decode: int = 0
-    """Workers of a topology; no decode worker: a server that runs already, at `url`."""
+    """Workers of a topology of Tandem; no decode worker: a rival."""
     url: str = ""
+    """Where it runs already; empty: the sweep starts it."""
     model: str | None = None
     """Name of the model in requests; None: the server's default."""
     pinned: bool = True
@@ -28,31 +29,39 @@ class Contender:
 
     @property
     def started(self) -> bool:
-        """Whether the sweep starts it, so that its P:D ratio can be advised."""
-        return self.decode > 0
+        """Whether the sweep starts and ends it."""
+        return not self.url
 
     def to_json(self) -> dict[str, Any]:
         return {field: getattr(self, field) for field in self.__slots__}
 
 
+def _workers(text: str) -> tuple[str, int, int] | None:
+    """Name, prefill and decode workers of a topology; None if the text names none."""
+    if text.lower() == "colocated":
+        return "colocated", 0, 1
+    match = re.fullmatch(r"(\d+)p(\d+)d", text.lower())
+    if match is None or int(match[2]) == 0:
+        return None
+    prefill, decode = int(match[1]), int(match[2])
+    return f"{prefill}P{decode}D" if prefill else f"colocated x{decode}", prefill, decode
+
+
 def topology(text: str, num_cores: int, units: float) -> Contender:
-    """`colocated` (one worker on all cores) or `2p1d`; `0p2d`: two colocated workers.
+    """`colocated` (one worker on all cores) or such as `2p1d`; `0p2d`: two colocated workers.
 
     More workers than cores are not pinned. Raises ValueError.
     """
-    match = re.fullmatch(r"(\d+)p(\d+)d", text.lower())
-    if text == "colocated":
-        prefill, decode, name = 0, 1, "colocated"
-    elif match is not None and int(match[2]) > 0:
-        prefill, decode = int(match[1]), int(match[2])
-        name = f"{prefill}P{decode}D" if prefill else f"colocated x{decode}"
-    else:
+    found = _workers(text)
+    if found is None:
         raise ValueError(f"--topologies: {text!r} is not colocated or such as 1p2d")
+    name, prefill, decode = found
     return Contender(name, units, prefill, decode, pinned=prefill + decode <= num_cores)
 
 
-def rival(text: str, units: float) -> Contender:
-    """`NAME=URL[,model=NAME][,units=N]`. Raises ValueError."""
+def running(text: str, units: float) -> Contender:
+    """`NAME=URL[,model=NAME][,units=N]`; a name such as `1p2d` says that it is that topology, any
+    other one a rival. Raises ValueError."""
     name, equals, rest = text.partition("=")
     url, *settings = rest.split(",")
     if not name or not equals or not re.match(r"https?://", url):
@@ -69,7 +78,8 @@ def rival(text: str, units: float) -> Contender:
         raise ValueError(f"--url: units={values['units']} is not a number") from None
     if units <= 0:
         raise ValueError("--url: units must be above 0")
-    return Contender(name, units, url=url.rstrip("/"), model=values.get("model"))
+    name, prefill, decode = _workers(name) or (name, 0, 0)
+    return Contender(name, units, prefill, decode, url.rstrip("/"), values.get("model"))
 
 
 def up_command(

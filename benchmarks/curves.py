@@ -59,7 +59,8 @@ class Curve:
     capacity: Capacity
 
     @property
-    def started(self) -> bool:
+    def is_tandem(self) -> bool:
+        """Whether its P:D ratio can be advised."""
         return self.decode > 0
 
     @property

@@ -31,8 +31,13 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add = result.add_argument_group("contenders").add_argument
     add("--topologies", default="colocated,1p1d,1p2d,2p1d", help="comma-separated; `none`: none")
-    add("--url", action="append", default=[], metavar="NAME=URL[,model=M][,units=N]",
-        help="a server that runs already: a rival, or a deployment of your own")  # fmt: skip
+    add(
+        "--url",
+        action="append",
+        default=[],
+        metavar="NAME=URL[,model=M][,units=N]",
+        help="a server that runs already: a rival, or a topology if NAME is such as 1p2d",
+    )
     add("--model", help="what the topologies serve; none: the demo model")
     add("--cores", default="", help="of the topologies, such as 0-3; none: all usable ones")
     add("--up-flags", default="", help="further flags of `tandem up`, in one argument")
@@ -64,7 +69,7 @@ def chosen(args: argparse.Namespace, cores: Sequence[int]) -> list[Contender]:
     units = args.units or float(len(cores))
     names = [] if args.topologies == "none" else args.topologies.split(",")
     found = [contenders.topology(name.strip(), len(cores), units) for name in names]
-    found += [contenders.rival(text, units) for text in args.url]
+    found += [contenders.running(text, units) for text in args.url]
     if not found:
         raise ValueError("nothing to measure: --topologies or --url")
     if len({c.name for c in found}) < len(found):

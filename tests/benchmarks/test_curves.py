@@ -41,7 +41,7 @@ def test_curves_of_a_document() -> None:
     assert split.samples[2].goodput.value == pytest.approx(4 * 0.95)
     assert split.samples[0].ttft is not None and split.samples[0].ttft.value == 60.0
     assert rival.samples[2].failed == 2 * 5
-    assert not rival.started
+    assert not rival.is_tandem
 
 
 def test_the_best_ratio_is_advised() -> None:
@@ -67,7 +67,7 @@ def test_nothing_is_advised_where_nothing_holds() -> None:
     advice = advise(curves.build(found), found["slo"], found["attainment"], "core")
     assert advice.best is None
     assert advice.headline.startswith("No topology holds TTFT \u2264 500 ms")
-    rivals = [c for c in curves.build(found) if not c.started]
+    rivals = [c for c in curves.build(found) if not c.is_tandem]
     assert advise(rivals, found["slo"], 0.9, "core").headline.startswith("No topology of Tandem")
 
 

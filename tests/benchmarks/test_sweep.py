@@ -95,8 +95,11 @@ def test_contenders() -> None:
     assert (split.name, split.prefill, split.decode, split.pinned) == ("1P2D", 1, 2, False)
     assert contenders.topology("colocated", 2, 2.0).pinned
     assert contenders.topology("0p2d", 2, 2.0).name == "colocated x2"
-    other = contenders.rival("vllm=http://h:1/,model=m,units=4", 2.0)
+    other = contenders.running("vllm=http://h:1/,model=m,units=4", 2.0)
     assert other == Contender("vllm", 4.0, url="http://h:1", model="m")
+    assert not other.started
+    given = contenders.running("1p2d=http://h:2", 8.0)
+    assert given == Contender("1P2D", 8.0, 1, 2, "http://h:2")
     command = contenders.up_command(split, 81, [0, 1], "/m", "--dtype float32")
     assert command.argv[2:] == (
         "deploy.cli", "up", "--port", "81", "--prefill", "1", "--decode", "2", "--model", "/m",
