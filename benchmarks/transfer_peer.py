@@ -1,13 +1,15 @@
 """The receiving process of `benchmarks.transfer`, and what both processes share.
 
-    python -m benchmarks.transfer_peer WAY BLOCK_BYTES NUM_BLOCKS
+    python -m benchmarks.transfer_peer BLOCK_BYTES NUM_BLOCKS
 
-Its first line of output is its address; it runs until it is killed.
+Its output is a line for each of WAYS with the address for it; it runs until it is killed.
 """
 
 import asyncio
+import secrets
 import socket
 import sys
+from threading import Thread
 from typing import Final
 
 from common.config import TimerConfig
@@ -18,6 +20,8 @@ from kvtransfer.endpoint import Endpoint, TransferEvent
 from kvtransfer.identity import EndpointIdentity
 
 IN_FLIGHT: Final = 4
+WAYS: Final = ("raw_tcp", "shm", "tcp", "zmq", "zmq_ipc")
+"""All but `raw_tcp` have an endpoint each."""
 TIMERS: Final = TimerConfig(heartbeat_s=5.0, lease_s=30.0, stall_s=20.0)
 CONTENT_ID: Final = "benchmark"
 
@@ -64,13 +68,28 @@ def groups_of(num_blocks: int, blocks: int) -> int:
     return min(IN_FLIGHT, num_blocks // blocks)
 
 
-async def receive(transport: str, pool: Pool) -> None:
+class WayEndpoint(Endpoint):
+    """An endpoint for one way; of `zmq_ipc` the data go over a Unix socket."""
+
+    def __init__(
+        self, way: str, identity: EndpointIdentity, pool: Pool, events: EventQueue
+    ) -> None:
+        super().__init__(identity, pool, events, TIMERS, "127.0.0.1", way.partition("_")[0])
+        self._way = way
+
+    def _data_address(self, transport: str) -> str:
+        if self._way == "zmq_ipc":
+            return f"ipc://@tandem-benchmark-{secrets.token_hex(8)}"
+        return super()._data_address(transport)
+
+
+async def receive(way: str, pool: Pool) -> None:
     """Grant every prompt its blocks; the attempt is their number."""
     events = EventQueue()
     identity = EndpointIdentity("receiver", 2, CONTENT_ID, layout_of(pool.block_bytes))
-    endpoint = Endpoint(identity, pool, events, TIMERS, "127.0.0.1", transport)
+    endpoint = WayEndpoint(way, identity, pool, events)
     await endpoint.start()
-    print(endpoint.address, flush=True)
+    print(way, endpoint.address, flush=True)
     while True:
         event = await events.next()
         if isinstance(event, Wanted):
@@ -80,21 +99,22 @@ async def receive(transport: str, pool: Pool) -> None:
             endpoint.command(Grant(event.key, slots))
 
 
-def receive_raw(pool: Pool) -> None:
-    """Connections that begin with the number of blocks of a transfer; each is answered."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        host, port = server.getsockname()
-        print(f"{host}:{port}", flush=True)
-        while True:
-            connection, _ = server.accept()
-            with connection:
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                blocks = int.from_bytes(connection.recv(4, socket.MSG_WAITALL), "little")
-                groups = groups_of(pool.num_blocks, blocks)
-                turn = 0
-                while fill(connection, pool.run(turn % groups * blocks, blocks)):
-                    connection.sendall(b".")
-                    turn += 1
+def receive_raw(server: socket.socket, pool: Pool) -> None:
+    """Each connection begins with the number of blocks of its transfers."""
+    while True:
+        connection, _ = server.accept()
+        Thread(target=answer_raw, args=(connection, pool), daemon=True).start()
+
+
+def answer_raw(connection: socket.socket, pool: Pool) -> None:
+    with connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        blocks = int.from_bytes(connection.recv(4, socket.MSG_WAITALL), "little")
+        groups = groups_of(pool.num_blocks, blocks)
+        turn = 0
+        while fill(connection, pool.run(turn % groups * blocks, blocks)):
+            connection.sendall(b".")
+            turn += 1
 
 
 def fill(connection: socket.socket, target: memoryview) -> bool:
@@ -107,13 +127,20 @@ def fill(connection: socket.socket, target: memoryview) -> bool:
     return True
 
 
+async def receive_all(pool: Pool) -> None:
+    async with asyncio.TaskGroup() as group:
+        for way in WAYS[1:]:
+            group.create_task(receive(way, pool))
+
+
 def main() -> None:
-    way, block_bytes, num_blocks = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    block_bytes, num_blocks = int(sys.argv[1]), int(sys.argv[2])
     pool = Pool(num_blocks, block_bytes)
-    if way == "raw_tcp":
-        receive_raw(pool)
-    else:
-        asyncio.run(receive(way, pool))
+    server = socket.create_server(("127.0.0.1", 0))
+    host, port = server.getsockname()
+    print(f"raw_tcp {host}:{port}", flush=True)
+    Thread(target=receive_raw, args=(server, pool), daemon=True).start()
+    asyncio.run(receive_all(pool))
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from kvtransfer.commands import (
     SenderCommand,
     SenderEvent,
 )
+from kvtransfer.copying import library
 from kvtransfer.identity import EndpointIdentity
 from kvtransfer.intake import Intake
 from kvtransfer.memory import BlockMemory
@@ -75,7 +76,9 @@ class Endpoint:
     ) -> None:
         """`host` is bound and announced. With `keys`, control messages and data over zmq go to
         and come from allowed keys alone. Raises ConfigError for a `transport` (one of
-        `common.config.TRANSPORTS`) that cannot be used here."""
+        `common.config.TRANSPORTS`) that cannot be used here. The first one on a machine compiles
+        its copies."""
+        library()
         self.address = ""
         if keys is not None:
             identity = replace(identity, curve_key=keys.public.decode())
@@ -123,7 +126,8 @@ class Endpoint:
         try:
             self._control.bind(f"tcp://{self._host}:*")
             for name in self._transports:
-                listener = await listen(name, self._context, self._host, self._memory, self._keys)
+                address = self._data_address(name)
+                listener = await listen(name, self._context, address, self._memory, self._keys)
                 self._listeners.append(listener)
                 self._receiver.data[name] = listener.address
         except (OSError, zmq.ZMQError) as error:
@@ -189,6 +193,10 @@ class Endpoint:
             receiving=self._receiver.num_live,
             links=len(self._channels),
         )
+
+    def _data_address(self, transport: str) -> str:
+        """Where to listen for data; see `kvtransfer.transports.listen`."""
+        return f"tcp://{self._host}:*" if transport == "zmq" else self._host
 
     # ------------------------------------------------------------ loops
 

@@ -6,11 +6,13 @@ offered --(ticket wants it)--> queued --> sent --(Landed)--> landed
 """
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from kvtransfer.commands import BlockRef, First, Key, Slot
-from kvtransfer.memory import BlockMemory, digest
+from kvtransfer.copying import digest_blocks
+from kvtransfer.memory import BlockMemory
 from kvtransfer.protocol import DataBlock, DataHeader, Ticket
 
 
@@ -109,16 +111,26 @@ class Outgoing:
         runs: list[tuple[int, int]] = []
         for position in positions:
             block = self.offered[position].block
-            if position not in self.digests:
-                self.digests[position] = digest(memory.slab(block))
             if runs and sum(runs[-1]) == block:
                 runs[-1] = (runs[-1][0], runs[-1][1] + 1)
             else:
                 runs.append((block, 1))
+        self._digest(positions, runs, memory)
         if not self.sent:
             self.moved_at = now
         self.sent.update(positions)
         return Shipment(self._header(positions, epoch), tuple(runs))
+
+    def _digest(
+        self, positions: Sequence[int], runs: Sequence[tuple[int, int]], memory: BlockMemory
+    ) -> None:
+        """Digest the blocks of these runs, once: they do not change while they are offered."""
+        left = iter(positions)
+        for start, count in runs:
+            part = list(islice(left, count))
+            if any(position not in self.digests for position in part):
+                run = memory.run(start, count)
+                self.digests.update(zip(part, digest_blocks(run, memory.block_bytes), strict=True))
 
     def cut_fence(self, epoch: int) -> Shipment:
         self.fence = False

@@ -19,7 +19,8 @@ from typing import Final
 from common.errors import ProtocolError
 from common.kv.shared import NONCE_BYTES, PeerBlocks
 from kvtransfer.accepting import accept, readable
-from kvtransfer.memory import BlockMemory, copy_block
+from kvtransfer.copying import copy_blocks
+from kvtransfer.memory import BlockMemory
 from kvtransfer.outgoing import Shipment
 from kvtransfer.protocol import (
     SharedBlock,
@@ -131,19 +132,22 @@ class ShmPayload:
         self.num_bytes = len(message.sources) * block_bytes
         self._sources = message.sources
         self._blocks = blocks
+        self._block_bytes = block_bytes
 
     async def copy(self, slabs: Sequence[memoryview | None]) -> list[int | None]:
+        """Blocks that the sender wrote anew, before or meanwhile, have no digest."""
         if not slabs:
             return []
-        pairs = zip(self._sources, slabs, strict=True)
-        return [None if slab is None else self._copy(source, slab) for source, slab in pairs]
+        current = [slab if ok else None for slab, ok in zip(slabs, self._offered(), strict=True)]
+        offsets = [source.block * self._block_bytes for source in self._sources]
+        pool = self._blocks
+        digests = copy_blocks(pool.memory, pool.address, offsets, current, self._block_bytes)
+        return [found if ok else None for found, ok in zip(digests, self._offered(), strict=True)]
 
-    def _copy(self, source: SharedBlock, slab: memoryview) -> int | None:
-        """None if the sender wrote the block anew, before or meanwhile."""
-        if self._blocks.generation(source.block) != source.generation:
-            return None
-        digest = copy_block(self._blocks.slab(source.block), slab)
-        return digest if self._blocks.generation(source.block) == source.generation else None
+    def _offered(self) -> list[bool]:
+        """Of each block, whether it is still what was offered."""
+        generation = self._blocks.generation
+        return [generation(source.block) == source.generation for source in self._sources]
 
     def abandon(self) -> None:
         """The copy is never interrupted."""

@@ -37,16 +37,17 @@ def offered(transport: str, memory: BlockMemory) -> tuple[str, ...]:
 async def listen(
     name: str,
     context: zmq.asyncio.Context,
-    host: str,
+    address: str,
     memory: BlockMemory,
     keys: CurveKeys | None,
 ) -> Listener:
-    """Let data come in over this transport. Raises OSError or zmq.ZMQError if that cannot be."""
+    """Let data come in over this transport. `address`: what zmq binds, a host for the others.
+    Raises OSError or zmq.ZMQError if that cannot be."""
     if name == "shm":
         return ShmListener(memory.block_bytes)
     if name == "tcp":
-        return await TcpListener.listen(host, memory.block_bytes)
-    return ZmqListener(context, host, memory, keys)
+        return await TcpListener.listen(address, memory.block_bytes)
+    return ZmqListener(context, address, memory, keys)
 
 
 async def connect(

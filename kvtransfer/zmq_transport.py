@@ -12,7 +12,8 @@ import zmq.asyncio
 
 from common.curve import Caller, CurveKeys
 from common.errors import ProtocolError
-from kvtransfer.memory import BlockMemory, copy_blocks
+from kvtransfer.copying import address_of, copy_blocks
+from kvtransfer.memory import BlockMemory
 from kvtransfer.outgoing import Shipment
 from kvtransfer.protocol import RUN_BYTES, DataHeader, decode_header, encode
 from kvtransfer.sockets import LinkMonitor, is_writable, make_dealer, send_now
@@ -81,7 +82,12 @@ class ZmqPayload:
         self._block_bytes = block_bytes
 
     async def copy(self, slabs: Sequence[memoryview | None]) -> list[int | None]:
-        return copy_blocks(self._frames, slabs, self._block_bytes) if slabs else []
+        digests: list[int | None] = []
+        for frame in self._frames if slabs else ():
+            offsets = range(0, len(frame), self._block_bytes)
+            part = slabs[len(digests) : len(digests) + len(offsets)]
+            digests += copy_blocks(frame, address_of(frame), offsets, part, self._block_bytes)
+        return digests
 
     def abandon(self) -> None:
         """The copy is never interrupted."""
@@ -96,11 +102,11 @@ class ZmqStream:
     def __init__(
         self,
         context: zmq.asyncio.Context,
-        host: str,
+        address: str,
         memory: BlockMemory,
         keys: CurveKeys | None,
     ) -> None:
-        """Binds a free port of `host`. Raises zmq.ZMQError if that is not possible."""
+        """Binds `address`, which may name any free port. Raises zmq.ZMQError if it cannot be."""
         self._memory = memory
         self._socket = context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
@@ -108,7 +114,7 @@ class ZmqStream:
         self._socket.setsockopt(zmq.MAXMSGSIZE, max(RUN_BYTES, memory.block_bytes))
         if keys is not None:
             keys.listen(self._socket)
-        self._socket.bind(f"tcp://{host}:*")
+        self._socket.bind(address)
         self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
     async def receive(self) -> ZmqPayload:
@@ -131,12 +137,12 @@ class ZmqListener:
     def __init__(
         self,
         context: zmq.asyncio.Context,
-        host: str,
+        address: str,
         memory: BlockMemory,
         keys: CurveKeys | None,
     ) -> None:
-        """Raises zmq.ZMQError if no port of `host` can be bound."""
-        self._stream = ZmqStream(context, host, memory, keys)
+        """Raises zmq.ZMQError if `address` (`tcp://host:*`: a free port) cannot be bound."""
+        self._stream = ZmqStream(context, address, memory, keys)
         self._is_taken = False
         self.address = self._stream.address
 

@@ -14,6 +14,8 @@ import secrets
 import weakref
 from typing import Final
 
+import numpy as np
+
 from common.errors import ProtocolError
 
 NONCE_BYTES: Final = 16
@@ -68,21 +70,24 @@ class PeerBlocks:
         self.num_blocks = num_blocks
         self._block_bytes = block_bytes
         self._memory = mmap.mmap(fd, size, prot=mmap.PROT_READ)
-        self._blocks = memoryview(self._memory)[: num_blocks * block_bytes]
+        self.memory = memoryview(self._memory)[: num_blocks * block_bytes]
+        """Block after block; they may change at any time."""
+        self.address = int(np.frombuffer(self.memory, dtype=np.uint8).ctypes.data)
+        """Of `memory`, until `close`."""
         start = _generations(num_blocks, block_bytes)
         self._generations = memoryview(self._memory)[start:-NONCE_BYTES].cast("q")
         self.nonce = self._memory[size - NONCE_BYTES :]
 
     def slab(self, block: int) -> memoryview:
-        """The bytes of one block, which may change at any time."""
-        return self._blocks[block * self._block_bytes : (block + 1) * self._block_bytes]
+        """The bytes of one block, read-only."""
+        return self.memory[block * self._block_bytes : (block + 1) * self._block_bytes]
 
     def generation(self, block: int) -> int:
         return int(self._generations[block])
 
     def close(self) -> None:
-        """Unmap; no view of a slab may be left."""
-        self._blocks.release()
+        """Unmap; no view of `memory` may be left."""
+        self.memory.release()
         self._generations.release()
         self._memory.close()
 
