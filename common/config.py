@@ -160,6 +160,10 @@ class HttpConfig(ExposureConfig):
     served_model_name: str | None = flag(None, "name in the API; none: the --model value")
     api_key: str | None = flag(None, "key that clients must send as a Bearer token", secret=True)
     chat_template: str | None = flag(None, "file with a chat template in place of the model's own")
+    tool_call_parser: str | None = flag(
+        None, "how the model writes calls of tools; none: as its chat template shows",
+        choices=("hermes", "llama3_json", "mistral"),
+    )  # fmt: skip
     max_resumes: int = flag(3, "failures of workers that one request survives")
 
     def __post_init__(self) -> None:

@@ -27,6 +27,11 @@ class Options:
     include_usage: bool = False
     continuous_usage: bool = False
     token_ids: bool = False
+    tokens_as_ids: bool = False
+    """Tokens beside logprobs are shown as `token_id:5`."""
+    prompt_logprobs: int | None = None
+    n: int = 1
+    """Choices that are shown of each prompt; there may be more of which the best are."""
     logprobs: int | None = None
     """Most likely tokens per position; None: no logprobs at all."""
 
@@ -39,6 +44,8 @@ class Tally:
     text: list[str] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    score: float = 0.0
+    """Sum of the log-probabilities of its tokens."""
     num_chars: int = 0
     """Characters of the tokens whose logprobs were shown (`text_offset`)."""
     finish: str | None = None
@@ -80,6 +87,7 @@ class Answer:
         tally.tokens.extend(delta.tokens)
         if self._options.logprobs is not None:
             tally.logprobs.extend(delta.logprobs)
+        tally.score += sum(entry.logprob for entry in delta.logprobs)
         if delta.finish:
             assert tally.finish is None, f"choice {delta.choice} finished twice"
             tally.finish = delta.finish
@@ -109,9 +117,48 @@ class Answer:
 
     def whole(self) -> bytes:
         """The answer of a call that is not streamed."""
-        choices = [self._whole_choice(i, tally) for i, tally in enumerate(self._tallies)]
+        choices = [self._whole_choice(i, tally) for i, tally in enumerate(self._best())]
         value = {**self._envelope(self.object_whole, choices), "usage": self.usage()}
         return _encode(value | self._extra())
+
+    def _best(self) -> list[Tally]:
+        """The choices that are shown, of each prompt those of the highest log-probability per
+        token."""
+        shown: list[Tally] = []
+        for request in self._requests:
+            mine = [tally for tally in self._tallies if tally.request is request]
+            if len(mine) > self._options.n:
+                mine.sort(key=lambda tally: -tally.score / max(1, len(tally.tokens)))
+            shown += mine[: self._options.n]
+        return shown
+
+    def _shown_token(self, token: int) -> str:
+        if self._options.tokens_as_ids:
+            return f"token_id:{token}"
+        return self._token_text.text(token)
+
+    def _prompt_logprobs(self, request: Request) -> list[dict[str, Any] | None]:
+        """Per token of the prompt, as vLLM has it; nothing comes before the first one."""
+        count = self._options.prompt_logprobs or 0
+        rows: list[dict[str, Any] | None] = [None]
+        for entry in request.prompt_logprobs:
+            tokens = [
+                (token, value, rank)
+                for rank, (token, value) in enumerate(entry.top[:count], start=1)
+            ]
+            if all(token != entry.token for token, _, _ in tokens):
+                tokens.append((entry.token, entry.logprob, entry.rank))
+            rows.append(
+                {
+                    str(token): {
+                        "logprob": value,
+                        "rank": rank,
+                        "decoded_token": self._token_text.text(token),
+                    }
+                    for token, value, rank in tokens
+                }
+            )
+        return rows
 
     def usage(self) -> dict[str, Any]:
         return self._counts(

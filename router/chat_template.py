@@ -67,21 +67,29 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise ConfigError(f"the chat template is not valid: {error}") from error
         self._special_tokens = dict(special_tokens)
+        self.source = source
         self.knows_developer = "developer" in source
         """The template has the `developer` role; others get it as `system`."""
 
     def render(
-        self, messages: Sequence[Mapping[str, object]], add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, object]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        variables: Mapping[str, object] | None = None,
     ) -> str:
-        """The prompt text of a conversation. Raises RequestError (400) if the template refuses."""
+        """The prompt text of a conversation. `variables`: more that the template may know; they
+        replace special tokens but nothing else. Raises RequestError (400) if it refuses."""
+        given = {
+            **self._special_tokens,
+            **(variables or {}),
+            "messages": messages,
+            "tools": tools,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
         try:
-            return self._template.render(
-                messages=messages,
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._special_tokens,
-            )
+            return self._template.render(given)
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             # A template is the checkpoint's code: whatever it trips over is about these messages.
             message = f"The chat template refused the messages: {error}"

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from common.messages import TokenLogprob
-from router.answer import Answer, Options, Tally, event
+from router.answer import Answer, Options, Tally
 from router.request import Delta, Request
 from router.token_text import TokenText
 
@@ -24,65 +24,67 @@ class CompletionAnswer(Answer):
     ) -> None:
         """`echo`: text of each prompt, put before each of its choices."""
         super().__init__(model, token_text, requests, options)
-        self._echo = [text for text in echo for _ in requests[0].choices]
+        self._echo = {id(r): text for r, text in zip(requests, echo, strict=False)}
 
-    def opening(self) -> bytes:
-        return b"".join(
-            event(
-                self._envelope(
-                    self.object_chunk,
-                    [{"index": i, "text": text, "logprobs": None, "finish_reason": None}],
-                )
-            )
-            for i, text in enumerate(self._echo)
-        )
+    def _echoed(self, tally: Tally) -> str:
+        return self._echo.get(id(tally.request), "")
 
     def _chunk_choice(self, delta: Delta, tally: Tally) -> dict[str, Any]:
         choice: dict[str, Any] = {
             "index": delta.choice,
-            "text": delta.text,
-            "logprobs": self._logprobs(delta.logprobs, tally),
+            "text": self._echoed(tally) + delta.text if tally.chunks == 0 else delta.text,
+            "logprobs": self._logprobs(delta.logprobs, tally, with_prompt=tally.chunks == 0),
             "finish_reason": delta.finish or None,
             "stop_reason": delta.stop_reason,
         }
         if self._options.token_ids:
             choice["token_ids"] = delta.tokens
             choice["prompt_token_ids"] = tally.request.prompt if tally.chunks == 0 else None
+        if self._options.prompt_logprobs is not None and tally.chunks == 0:
+            choice["prompt_logprobs"] = self._prompt_logprobs(tally.request)
         return choice
 
     def _whole_choice(self, index: int, tally: Tally) -> dict[str, Any]:
-        echo = self._echo[index] if self._echo else ""
         choice: dict[str, Any] = {
             "index": index,
-            "text": echo + "".join(tally.text),
-            "logprobs": self._logprobs(tally.logprobs, tally),
+            "text": self._echoed(tally) + "".join(tally.text),
+            "logprobs": self._logprobs(tally.logprobs, tally, with_prompt=True),
             "finish_reason": tally.finish,
             "stop_reason": tally.stop_reason,
         }
         if self._options.token_ids:
             choice["token_ids"] = tally.tokens
             choice["prompt_token_ids"] = tally.request.prompt
+        if self._options.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = self._prompt_logprobs(tally.request)
         return choice
 
     def _logprobs(
-        self, logprobs: Sequence[TokenLogprob], tally: Tally
+        self, logprobs: Sequence[TokenLogprob], tally: Tally, with_prompt: bool
     ) -> dict[str, list[Any]] | None:
+        """with_prompt: those of an echoed prompt come first."""
         if self._options.logprobs is None:
             return None
-        tokens = [self._token_text.text(entry.token) for entry in logprobs]
+        echoes = with_prompt and bool(self._echo)
+        if echoes:
+            logprobs = [*tally.request.prompt_logprobs, *logprobs]
+        tokens = [self._shown_token(entry.token) for entry in logprobs]
+        first = [self._shown_token(tally.request.prompt[0])] if echoes else []
+        tally.num_chars += sum(map(len, first))
         offsets = []
         for text in tokens:
             offsets.append(tally.num_chars)
             tally.num_chars += len(text)
-        top = []
+        top: list[dict[str, float] | None] = [None] * len(first)
         for entry, text in zip(logprobs, tokens, strict=True):
-            likely = {self._token_text.text(token): value for token, value in entry.top}
+            best = entry.top[: self._options.logprobs]
+            likely = {self._shown_token(token): value for token, value in best}
             # The chosen token is always listed, also when it is not among the most likely.
             likely.setdefault(text, entry.logprob)
             top.append(likely)
         return {
-            "tokens": tokens,
-            "token_logprobs": [entry.logprob for entry in logprobs],
+            "tokens": first + tokens,
+            "token_logprobs": [*(None for _ in first), *(entry.logprob for entry in logprobs)],
             "top_logprobs": top,
-            "text_offset": offsets,
+            "text_offset": [0] * len(first) + offsets,
         }

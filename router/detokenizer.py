@@ -5,7 +5,7 @@ that they return are the decoded text up to the stop string: nothing is shown tw
 half character or of a stop string is ever shown.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from router.tokenizer import TextModel
 
@@ -26,9 +26,17 @@ class Detokenizer:
     leading space of a first word, at bytes that make a character together.
     """
 
-    def __init__(self, text_model: TextModel, *, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self,
+        text_model: TextModel,
+        *,
+        skip_special_tokens: bool = True,
+        visible: Collection[int] = (),
+    ) -> None:
+        """visible: special tokens that are shown although the others are skipped."""
         self._text_model = text_model
         self._skip = skip_special_tokens
+        self._visible = visible
         self._window: list[int] = []
         self._shown = ""
         """Text of the window that was returned."""
@@ -49,7 +57,7 @@ class Detokenizer:
         return rest
 
     def _push(self, token: int) -> str:
-        if self._text_model.is_silent(token, self._skip):
+        if self._text_model.is_silent(token, self._skip) and token not in self._visible:
             return ""
         self._window.append(token)
         text = self._decode(self._window)
@@ -87,7 +95,8 @@ class Detokenizer:
         self._settled, self._next_settled = 0, len(tail)
 
     def _decode(self, tokens: Sequence[int]) -> str:
-        return self._text_model.decode(tokens, skip_special_tokens=self._skip)
+        # What is to be skipped never enters the window.
+        return self._text_model.decode(tokens, skip_special_tokens=False)
 
 
 class StopMatcher:

@@ -21,7 +21,7 @@ from common.errors import RequestError
 from common.link import RouterLink
 from common.messages import Cancel, Failed, Output
 from router.directory import Directory
-from router.errors import internal, unavailable
+from router.errors import grammar_failed, internal, unavailable
 from router.fleet import Fleet
 from router.metrics import RouterMetrics
 from router.placement import View, place
@@ -227,6 +227,9 @@ class Dispatcher:
             self._fleet.handed_over(attempt)
         if attempt.first and output.cached_tokens > request.cached_tokens:
             request.cached_tokens = min(output.cached_tokens, len(request.prompt))
+        if output.finish == "grammar":
+            self._fail(request, grammar_failed())
+            return
         previous = request.last_token
         try:
             delta = request.take(output)

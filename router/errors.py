@@ -39,6 +39,12 @@ def internal(label: str) -> RequestError:
     return RequestError(500, message, kind="server_error", code="internal_error")
 
 
+def grammar_failed() -> RequestError:
+    """400: a worker cannot follow the grammar of a request any further."""
+    message = "The answer cannot be constrained any further: the grammar is too complex."
+    return RequestError(400, message, code="grammar_failed")
+
+
 def body(error: RequestError) -> bytes:
     return msgspec.json.encode(
         {

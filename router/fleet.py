@@ -104,6 +104,7 @@ class Limits:
     context: int
     """Prompt and output tokens together, at most."""
     vocab_size: int
+    eos_token_ids: tuple[int, ...] = ()
 
 
 class Fleet:
@@ -194,4 +195,5 @@ class Fleet:
         context = min(capacity, *(info.max_model_len for info in infos))
         if self._max_model_len:
             context = min(context, self._max_model_len)
-        self.limits = Limits(context, min(info.vocab_size for info in infos))
+        vocab_size = min(info.vocab_size for info in infos)
+        self.limits = Limits(context, vocab_size, infos[0].eos_token_ids)

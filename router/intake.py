@@ -15,13 +15,16 @@ from common.errors import RequestError
 from common.sampling import SamplingParams
 from router.answer import Answer, Options
 from router.backlog import Backlog
-from router.chat_answer import ChatAnswer
+from router.chat_answer import ChatAnswer, Manner
 from router.completion_answer import CompletionAnswer
+from router.constraints import constraint_of
 from router.fleet import Limits
+from router.grammars import Grammars
 from router.prompts import Prompt, chat_prompt, completion_prompts, too_long
 from router.request import Choice, Request, TextRule
 from router.schemas import ChatBody, CompletionBody, SamplingBody
 from router.service import Service
+from router.speech import MARKERS, THINK, Format, detect
 from router.token_text import TokenText
 from router.tokenizer import TextModel
 
@@ -47,7 +50,19 @@ class Call:
 
 
 class Intake:
-    def __init__(self, text_model: TextModel, model: str, service: Service) -> None:
+    def __init__(
+        self,
+        text_model: TextModel,
+        model: str,
+        service: Service,
+        grammars: Grammars,
+        tool_format: Format | None = None,
+    ) -> None:
+        """tool_format: how the model writes calls of tools; None: as its chat template shows."""
+        self._grammars = grammars
+        self._tool_format = tool_format
+        ids = (text_model.backend.token_to_id(marker) for marker in MARKERS)
+        self._visible = frozenset(id for id in ids if id is not None)
         self._text_model = text_model
         self._token_text = TokenText(text_model)
         self._model = model
@@ -56,17 +71,32 @@ class Intake:
     async def completion(self, body: CompletionBody, label: str) -> Call:
         """Raises RequestError."""
         self._check_model(body.model)
-        if body.echo and body.logprobs is not None:
-            message = "'echo' with 'logprobs' is not supported."
-            raise RequestError(400, message, param="echo", code="unsupported_parameter")
+        _check_best_of(body)
         limits = await self._service.limits()
         prompts = await completion_prompts(body, self._text_model, limits)
         longest = max(len(prompt.tokens) for prompt in prompts)
         max_tokens = _room(limits, longest, body.max_tokens, DEFAULT_MAX_TOKENS, "prompt")
+        if max_tokens == 0 and not body.echo and body.prompt_logprobs is None:
+            message = "'max_tokens' must be at least 1, but with 'echo' or 'prompt_logprobs'."
+            raise RequestError(400, message, param="max_tokens", code="invalid_value")
         params = _sampling(body, limits, max_tokens, body.logprobs)
-        requests, events = self._requests(body, prompts, params, label)
+        scored = body.prompt_logprobs
+        if body.echo and body.logprobs is not None:
+            scored = max(body.logprobs, scored or 0)
+        best_of = body.best_of or body.n or 1
+        params = msgspec.structs.replace(
+            params,
+            max_tokens=max(1, max_tokens),
+            grammar=await self._grammar(body, limits),
+            prompt_logprobs=scored,
+            logprobs=0 if body.logprobs is None and best_of > (body.n or 1) else params.logprobs,
+        )
+        rule = _rule(body)
+        requests, events = self._requests(body, prompts, params, label, best_of, rule)
+        for request in requests:
+            request.silent = max_tokens == 0
         echo = [self._text(prompt) for prompt in prompts] if body.echo else []
-        options = _options(body, params)
+        options = _options(body, body.logprobs)
         answer = CompletionAnswer(self._model, self._token_text, requests, options, echo)
         return Call(requests, events, answer, bool(body.stream))
 
@@ -82,10 +112,43 @@ class Intake:
         wanted = body.max_tokens if wanted is None else wanted
         max_tokens = _room(limits, len(prompt.tokens), wanted, None, "messages")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        params = _sampling(body, limits, max_tokens, logprobs)
-        requests, events = self._requests(body, [prompt], params, label)
-        answer = ChatAnswer(self._model, self._token_text, requests, _options(body, params))
+        if max_tokens == 0:
+            message = "'max_tokens' must be at least 1."
+            raise RequestError(400, message, param="max_tokens", code="invalid_value")
+        grammar = await self._grammar(body, limits)
+        params = msgspec.structs.replace(
+            _sampling(body, limits, max_tokens, logprobs),
+            grammar=grammar,
+            prompt_logprobs=body.prompt_logprobs,
+        )
+        manner = self._manner(body, prompt, constrained=bool(grammar))
+        rule = _rule(body, self._visible if manner.format != "none" else frozenset())
+        requests, events = self._requests(body, [prompt], params, label, body.n or 1, rule)
+        options = _options(body, logprobs)
+        answer = ChatAnswer(self._model, self._token_text, requests, options, manner)
         return Call(requests, events, answer, bool(body.stream))
+
+    async def _grammar(self, body: SamplingBody, limits: Limits) -> str:
+        """What the answer must match; empty: anything. Raises RequestError (400)."""
+        constraint = constraint_of(body)
+        if constraint is None:
+            return ""
+        return await self._grammars.compile(constraint, limits.vocab_size, limits.eos_token_ids)
+
+    def _manner(self, body: ChatBody, prompt: Prompt, constrained: bool) -> Manner:
+        """How the text of a chat is to be read."""
+        template = self._text_model.chat_template
+        assert template is not None
+        thinks: bool | None = None
+        if not constrained and THINK[0] in template.source:
+            thinks = (prompt.text or "").rstrip().endswith(THINK[0])
+        if body.forced_tool is not None:
+            return Manner("named", body.forced_tool, thinks)
+        if body.tool_choice == "required":
+            return Manner("list", "", thinks)
+        if not body.offers_tools or constrained:
+            return Manner("none", "", thinks)
+        return Manner(self._tool_format or detect(template.source), "", thinks)
 
     def _text(self, prompt: Prompt) -> str:
         return prompt.text if prompt.text is not None else self._text_model.decode(prompt.tokens)
@@ -95,18 +158,17 @@ class Intake:
             raise unknown_model(name)
 
     def _requests(
-        self, body: SamplingBody, prompts: Sequence[Prompt], params: SamplingParams, label: str
+        self,
+        body: SamplingBody,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        label: str,
+        n: int,
+        rule: TextRule,
     ) -> tuple[list[Request], Backlog]:
-        n = body.n or 1
         if n * len(prompts) > MAX_CHOICES:
             message = f"{len(prompts)} prompts with n = {n} are more than {MAX_CHOICES} choices."
             raise RequestError(400, message, param="n")
-        stop = body.stop or ()
-        rule = TextRule(
-            stop=(stop,) if isinstance(stop, str) else tuple(stop),
-            include_stop=bool(body.include_stop_str_in_output),
-            skip_special_tokens=body.skip_special_tokens is not False,
-        )
         events = Backlog(n * len(prompts))
         requests = [
             Request(
@@ -129,6 +191,26 @@ def unknown_model(name: str) -> RequestError:
     return RequestError(
         404, f"The model '{name}' does not exist.", param="model", code="model_not_found"
     )
+
+
+def _rule(body: SamplingBody, visible: frozenset[int] = frozenset()) -> TextRule:
+    stop = body.stop or ()
+    return TextRule(
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        include_stop=bool(body.include_stop_str_in_output),
+        skip_special_tokens=body.skip_special_tokens is not False,
+        visible=visible,
+    )
+
+
+def _check_best_of(body: CompletionBody) -> None:
+    if body.best_of is None:
+        return
+    if body.best_of < (body.n or 1):
+        raise RequestError(400, "'best_of' must be at least 'n'.", param="best_of")
+    if body.stream and body.best_of > (body.n or 1):
+        message = "'best_of' above 'n' cannot be streamed."
+        raise RequestError(400, message, param="best_of")
 
 
 def _sampling(
@@ -154,6 +236,7 @@ def _sampling(
         ignore_eos=bool(body.ignore_eos),
         stop_token_ids=tuple(body.stop_token_ids or ()),
         logprobs=logprobs,
+        priority=body.priority or 0,
     )
 
 
@@ -176,7 +259,7 @@ def _room(limits: Limits, num_prompt: int, wanted: int | None, default: int | No
           param: str) -> int:  # fmt: skip
     """Output tokens that are allowed: `wanted`, else `default` or all that is left."""
     left = limits.context - num_prompt
-    if left < 1 or (wanted is not None and wanted > left):
+    if (left < 1 and wanted != 0) or left < 0 or (wanted is not None and wanted > left):
         asked = f"{num_prompt + (wanted or 1)}"
         detail = f"{num_prompt} in the {param}, {wanted or 1} in the completion"
         raise too_long(limits, asked, param, detail)
@@ -198,11 +281,14 @@ def _bias(given: dict[str, float], limits: Limits) -> tuple[tuple[int, float], .
     return tuple(pairs)
 
 
-def _options(body: SamplingBody, params: SamplingParams) -> Options:
+def _options(body: SamplingBody, logprobs: int | None) -> Options:
     stream = body.stream_options
     return Options(
         include_usage=bool(stream and stream.include_usage),
         continuous_usage=bool(stream and stream.continuous_usage_stats),
         token_ids=bool(body.return_token_ids),
-        logprobs=params.logprobs,
+        tokens_as_ids=bool(body.return_tokens_as_token_ids),
+        prompt_logprobs=body.prompt_logprobs,
+        n=body.n or 1,
+        logprobs=logprobs,
     )

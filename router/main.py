@@ -23,11 +23,13 @@ from common.redis_client import check_redis
 from router.app import Parts, create_app
 from router.directory import Directory
 from router.dispatch import Patience
+from router.grammars import Grammars
 from router.intake import Intake
 from router.membership import Membership, content_ids
 from router.metrics import RouterMetrics
 from router.server import Server, http_config, listen
 from router.service import Service
+from router.speech import FORMATS, Format
 from router.tokenizer import TextModel, locate
 
 log = logging.getLogger(__name__)
@@ -75,9 +77,10 @@ async def _serve(
         max_model_len=config.max_model_len,
         hang_s=config.hang_s,
     )
+    grammars = Grammars(directory)
     parts = Parts(
         service=service,
-        intake=Intake(text_model, model, service),
+        intake=Intake(text_model, model, service, grammars, _tool_format(config)),
         metrics=metrics,
         model=model,
         api_key=config.api_key,
@@ -86,7 +89,12 @@ async def _serve(
     try:
         await _run(service, server, listener, config.drain_s)
     finally:
+        await grammars.close()
         await link.close()
+
+
+def _tool_format(config: RouterConfig) -> Format | None:
+    return next((name for name in FORMATS if name == config.tool_call_parser), None)
 
 
 async def _run(service: Service, server: Server, listener: socket.socket, drain_s: float) -> None:

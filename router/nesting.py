@@ -2,7 +2,7 @@
 
 from typing import Final
 
-MAX_DEPTH: Final = 16
+MAX_DEPTH: Final = 64
 MAX_VALUES: Final = 4_096
 
 

@@ -36,10 +36,17 @@ async def completion_prompts(
     """The prompts of a completion, one or more. Raises RequestError (400)."""
     texts, result = _texts(body.prompt), _tokens(body.prompt)
     for text in texts:
-        _check_length(text, text_model, limits, "prompt")
+        if body.truncate_prompt_tokens is None:
+            _check_length(text, text_model, limits, "prompt")
     special = body.add_special_tokens is not False
     encoded = await text_model.encode_all(texts, add_special_tokens=special)
     result += [Prompt(tokens, text) for tokens, text in zip(encoded, texts, strict=True)]
+    if (limit := body.truncate_prompt_tokens) is not None:
+        cut = [truncated(prompt.tokens, limit, limits) for prompt in result]
+        result = [
+            prompt if len(prompt.tokens) == len(tokens) else Prompt(tokens, None)
+            for prompt, tokens in zip(result, cut, strict=True)
+        ]
     for prompt in result:
         if not prompt.tokens:
             raise RequestError(400, "The prompt has no tokens.", param="prompt")
@@ -49,6 +56,14 @@ async def completion_prompts(
     return result
 
 
+def truncated(tokens: list[int], limit: int | None, limits: Limits) -> list[int]:
+    """The last `limit` tokens, or what the context holds if it is -1."""
+    if limit is None:
+        return tokens
+    kept = limits.context - 1 if limit == -1 else limit
+    return tokens[-kept:] if kept else []
+
+
 async def chat_prompt(body: ChatBody, text_model: TextModel, limits: Limits) -> Prompt:
     """The prompt of a conversation. Raises RequestError (400)."""
     template = text_model.chat_template
@@ -56,13 +71,33 @@ async def chat_prompt(body: ChatBody, text_model: TextModel, limits: Limits) -> 
         message = "This model has no chat template; start the router with --chat-template."
         raise RequestError(400, message, param="messages")
     messages = [_plain(message, template.knows_developer) for message in body.messages]
-    _check_length("".join(m["content"] for m in messages), text_model, limits, "messages")
-    text = template.render(messages, body.add_generation_prompt is not False)
+    if body.truncate_prompt_tokens is None:
+        _check_length("".join(m["content"] for m in messages), text_model, limits, "messages")
+    tools = None
+    if body.offers_tools:
+        tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
+    variables = dict(body.chat_template_kwargs or {})
+    if body.reasoning_effort is not None:
+        variables.setdefault("reasoning_effort", body.reasoning_effort)
+    opens = body.add_generation_prompt is not False and not body.continue_final_message
+    text = template.render(messages, opens, tools, variables)
+    if body.continue_final_message:
+        text = _unfinished(text, messages[-1]["content"])
     special = body.add_special_tokens is True  # the template has them already
     (tokens,) = await text_model.encode_all([text], add_special_tokens=special)
     if not tokens:
         raise RequestError(400, "The messages have no tokens.", param="messages")
-    return Prompt(tokens, text)
+    return Prompt(truncated(tokens, body.truncate_prompt_tokens, limits), text)
+
+
+def _unfinished(text: str, content: str) -> str:
+    """A conversation that ends within its last message."""
+    content = content.strip()
+    place = text.rfind(content) if content else -1
+    if place < 0:
+        message = "The chat template does not show the final message, or it is empty."
+        raise RequestError(400, message, param="continue_final_message")
+    return text[: place + len(content)]
 
 
 def _texts(prompt: str | list[int] | list[str] | list[list[int]]) -> list[str]:

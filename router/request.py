@@ -24,6 +24,8 @@ class TextRule:
     stop: tuple[str, ...] = ()
     include_stop: bool = False
     skip_special_tokens: bool = True
+    visible: frozenset[int] = frozenset()
+    """Special tokens that are shown nevertheless: marks of tool calls."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +102,9 @@ class Choice:
         self.number = number
         self.tokens: list[int] = []
         self.finish = ""
-        self._detokenizer = Detokenizer(text_model, skip_special_tokens=rule.skip_special_tokens)
+        self._detokenizer = Detokenizer(
+            text_model, skip_special_tokens=rule.skip_special_tokens, visible=rule.visible
+        )
         self._matcher = StopMatcher(rule.stop, include=rule.include_stop)
 
     def extend(
@@ -155,6 +159,10 @@ class Request:
     """Which content it began on: tokens of one model are never continued by another."""
     refused: set[str] = field(default_factory=set)
     """Workers on which it can never fit."""
+    silent: bool = False
+    """Nothing is generated (`max_tokens` 0): the one token that a worker makes is dropped."""
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    """Of the prompt's second token and on, if they were asked for."""
     cached_tokens: int = 0
     """Prompt tokens that the first attempt found in a prefix cache."""
     started: float = field(default_factory=time.monotonic)
@@ -210,6 +218,12 @@ class Request:
         choice = self.choices[output.choice]
         if choice.finish:
             return None
+        if output.prompt_logprobs and not self.prompt_logprobs:
+            self.prompt_logprobs = output.prompt_logprobs
+        if self.silent:
+            choice.finish = "length"
+            self.first_token = self.last_token = time.monotonic()
+            return Delta(self.first_choice + choice.number, "", (), (), "length", None)
         known = len(choice.tokens) - output.index
         if known < 0:
             raise ValueError(f"choice {choice.number}: token {len(choice.tokens)} is missing")

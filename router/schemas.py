@@ -37,6 +37,7 @@ MAX_PARTS: Final = 256
 MAX_ALL_PARTS: Final = 4_096
 """Content parts and tool calls of one call."""
 MAX_TOOL_CALLS: Final = 128
+MAX_TOOLS: Final = 128
 MAX_METADATA: Final = 64
 MAX_COUNT: Final = 2**31 - 1
 """Of counts of tokens; the context of the model decides below this."""
@@ -105,7 +106,7 @@ class SamplingBody(_Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = Field(None, ge=1, le=MAX_N)
-    max_tokens: int | None = Field(None, ge=1, le=MAX_COUNT)
+    max_tokens: int | None = Field(None, ge=0, le=MAX_COUNT)
     min_tokens: int | None = Field(None, ge=0, le=MAX_COUNT)
     stop: _Stop | _Stops | None = None
     temperature: float | None = Field(None, ge=0, le=100)
@@ -123,6 +124,16 @@ class SamplingBody(_Strict):
     skip_special_tokens: bool | None = None
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    truncate_prompt_tokens: int | None = Field(None, ge=-1, le=MAX_COUNT)
+    priority: int | None = Field(None, ge=-(2**31), lt=2**31)
+    response_format: _Free = None
+    structured_outputs: _Free = None
+    guided_choice: _Free = None
+    guided_grammar: _Free = None
+    guided_json: _Free = None
+    guided_regex: _Free = None
     cache_salt: Annotated[str, Field(max_length=256)] | None = None
 
     # Accepted without effect.
@@ -133,23 +144,12 @@ class SamplingBody(_Strict):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
-    parallel_tool_calls: bool | None = None
 
     # Known, but only in the values that ask for nothing: see `_NEUTRAL`.
     allowed_token_ids: _Free = None
     bad_words: _Free = None
-    guided_choice: _Free = None
-    guided_grammar: _Free = None
-    guided_json: _Free = None
-    guided_regex: _Free = None
     length_penalty: _Free = None
-    priority: _Free = None
-    prompt_logprobs: _Free = None
-    response_format: _Free = None
-    return_tokens_as_token_ids: _Free = None
     spaces_between_special_tokens: _Free = None
-    structured_outputs: _Free = None
-    truncate_prompt_tokens: _Free = None
     use_beam_search: _Free = None
 
 
@@ -162,7 +162,7 @@ class CompletionBody(SamplingBody):
     )
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    best_of: _Free = None
+    best_of: int | None = Field(None, ge=1, le=MAX_N)
     suffix: _Free = None
 
 
@@ -180,6 +180,32 @@ class ToolCall(_Strict):
     id: str
     type: Literal["function"] = "function"
     function: ToolFunction
+
+
+class FunctionTool(_Strict):
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+    description: str | None = None
+    parameters: Annotated[dict[str, Any], BeforeValidator(_check_free)] | None = None
+    strict: bool | None = None
+
+    @property
+    def arguments_schema(self) -> dict[str, Any]:
+        """Of the arguments."""
+        return self.parameters or {"type": "object", "properties": {}}
+
+
+class Tool(_Strict):
+    type: Literal["function"]
+    function: FunctionTool
+
+
+class _ToolName(_Strict):
+    name: str
+
+
+class NamedTool(_Strict):
+    type: Literal["function"]
+    function: _ToolName
 
 
 _Parts = Annotated[list[TextPart], Field(fail_fast=True), _at_most(MAX_PARTS)]
@@ -228,51 +254,46 @@ class ChatBody(SamplingBody):
     add_generation_prompt: bool | None = None
     audio: _Free = None
     chat_template: _Free = None
-    chat_template_kwargs: _Free = None
-    continue_final_message: _Free = None
+    chat_template_kwargs: Annotated[dict[str, _Free], _at_most(MAX_METADATA)] | None = None
+    continue_final_message: bool | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True), _at_most(MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Annotated[str, Field(max_length=64)] | None = None
     documents: _Free = None
     echo: _Free = None
     function_call: _Free = None
     functions: _Free = None
     modalities: _Free = None
     prediction: _Free = None
-    reasoning_effort: _Free = None
-    tool_choice: _Free = None
-    tools: _Free = None
     verbosity: _Free = None
     web_search_options: _Free = None
+
+    @property
+    def forced_tool(self) -> str | None:
+        """The one tool that must be called."""
+        return self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+
+    @property
+    def offers_tools(self) -> bool:
+        """The model may call tools."""
+        return bool(self.tools) and self.tool_choice != "none"
 
 
 _NEUTRAL: Final[dict[str, tuple[object, ...]]] = {
     "allowed_token_ids": (),
     "audio": (),
     "bad_words": ([],),
-    "best_of": (),
     "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
     "documents": ([],),
     "echo": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
     "length_penalty": (1.0,),
     "modalities": (["text"],),
     "prediction": (),
-    "priority": (0,),
-    "prompt_logprobs": (),
-    "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
-    "return_tokens_as_token_ids": (False,),
     "spaces_between_special_tokens": (True,),
-    "structured_outputs": (),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     "verbosity": (),
     "web_search_options": (),
@@ -294,8 +315,6 @@ def parse(kind: type[_Body], data: object) -> _Body:
         value = getattr(body, name)
         if isinstance(body, CompletionBody) and name == "echo":
             continue
-        if name == "best_of" and value == (body.n or 1):
-            continue
         if value is not None and value not in _NEUTRAL[name]:
             raise RequestError(
                 400,
@@ -306,7 +325,23 @@ def parse(kind: type[_Body], data: object) -> _Body:
     if body.stream_options is not None and not body.stream:
         message = "'stream_options' is only allowed with 'stream': true."
         raise RequestError(400, message, param="stream_options")
+    if isinstance(body, ChatBody):
+        _check_tools(body)
     return body
+
+
+def _check_tools(body: ChatBody) -> None:
+    names = [tool.function.name for tool in body.tools or ()]
+    if len(set(names)) < len(names):
+        raise RequestError(400, "Two tools have the same name.", param="tools")
+    if body.tool_choice not in (None, "none", "auto") and not names:
+        raise RequestError(400, "'tool_choice' needs 'tools'.", param="tool_choice")
+    if body.forced_tool is not None and body.forced_tool not in names:
+        message = f"There is no tool '{body.forced_tool[:_SHOWN]}' in 'tools'."
+        raise RequestError(400, message, param="tool_choice")
+    if body.continue_final_message and body.add_generation_prompt:
+        message = "'continue_final_message' excludes 'add_generation_prompt'."
+        raise RequestError(400, message, param="continue_final_message")
 
 
 def _explain(error: ValidationError) -> RequestError:

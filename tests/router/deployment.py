@@ -20,6 +20,7 @@ from common.link import RouterLink
 from router.app import Parts, create_app
 from router.directory import Directory
 from router.dispatch import Patience
+from router.grammars import Grammars
 from router.intake import Intake
 from router.membership import Membership
 from router.metrics import RouterMetrics
@@ -120,9 +121,10 @@ async def deployment(
         patience=patience,
         hang_s=hang_s,
     )
+    grammars = Grammars(text_files)
     parts = Parts(
         service=service,
-        intake=Intake(text_model, MODEL, service),
+        intake=Intake(text_model, MODEL, service, grammars),
         metrics=metrics,
         model=MODEL,
         api_key=api_key,
@@ -183,6 +185,7 @@ async def deployment(
             await serving
             engine.cancel()
             await asyncio.gather(engine, return_exceptions=True)
+            await grammars.close()
             await link.close()
             text_model.close()
             listener.close()

@@ -1,6 +1,7 @@
 """Nothing is open by accident: every route asks, but for an explicit list."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,6 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from router.app import Parts, create_app
 from router.auth import OPEN
+from router.grammars import Grammars
 from router.intake import Intake
 from router.metrics import RouterMetrics
 from router.service import Service
@@ -32,7 +34,7 @@ def application(text_model: TextModel, api_key: str | None) -> FastAPI:
     return create_app(
         Parts(
             service=typed,
-            intake=Intake(text_model, MODEL, typed),
+            intake=Intake(text_model, MODEL, typed, Grammars(Path("/nonexistent"))),
             metrics=RouterMetrics(),
             model=MODEL,
             api_key=api_key,
