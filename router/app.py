@@ -4,6 +4,7 @@
 the response then writes itself (`router.reply`). Every error has the OpenAI body.
 """
 
+import asyncio
 import importlib.metadata
 import re
 import time
@@ -23,13 +24,17 @@ from common.errors import RequestError
 from router import debug, errors
 from router import metrics as metrics_text
 from router.auth import authorizer
+from router.connection import abort
 from router.intake import Intake, unknown_model
 from router.metrics import RouterMetrics
 from router.reply import Reply
 from router.schemas import ChatBody, CompletionBody, parse
 from router.service import Service
+from router.text_api import no_embeddings
 
 MAX_BODY_BYTES: Final = 16 << 20
+UPLOAD_S: Final = 60.0
+"""How long a request body may take to arrive."""
 PROBE: Final = ["GET", "HEAD"]
 """Methods of the routes that load balancers ask."""
 _LABEL: Final = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
@@ -51,6 +56,7 @@ class Parts:
 def create_app(parts: Parts) -> FastAPI:
     service, intake = parts.service, parts.intake
     started = int(time.time())
+    parts.metrics.vllm.serve(parts.model)
     app = FastAPI(
         title="Tandem",
         dependencies=[Depends(authorizer(parts.api_key))],
@@ -76,6 +82,21 @@ def create_app(parts: Parts) -> FastAPI:
         data = await read_json(request, parts.max_body_bytes)
         call = await intake.chat(parse(ChatBody, data), label_of(request))
         return Reply(call, service)
+
+    @app.post("/tokenize")
+    async def tokenize(request: HttpRequest) -> Response:
+        data = await read_json(request, parts.max_body_bytes)
+        return json_response(await intake.text.tokenize(data, await service.limits()))
+
+    @app.post("/detokenize")
+    async def detokenize(request: HttpRequest) -> Response:
+        data = await read_json(request, parts.max_body_bytes)
+        return json_response(intake.text.detokenize(data, await service.limits()))
+
+    @app.post("/v1/embeddings")
+    async def embeddings(request: HttpRequest) -> Response:
+        await read_json(request, parts.max_body_bytes)
+        raise no_embeddings()
 
     def describe() -> dict[str, object]:
         limits = service.fleet.limits
@@ -115,6 +136,7 @@ def create_app(parts: Parts) -> FastAPI:
 
     @app.get("/metrics")
     async def metrics() -> Response:
+        parts.metrics.vllm.loaded(*service.num_requests())
         return Response(parts.metrics.render(), media_type=metrics_text.CONTENT_TYPE)
 
     @app.get("/debug/workers")
@@ -134,10 +156,16 @@ async def read_json(request: HttpRequest, max_bytes: int) -> object:
     if length.isdigit() and int(length) > max_bytes:
         raise _too_large(max_bytes)
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > max_bytes:
-            raise _too_large(max_bytes)
+    try:
+        async with asyncio.timeout(UPLOAD_S):
+            async for part in request.stream():
+                body += part
+                if len(body) > max_bytes:
+                    raise _too_large(max_bytes)
+    except TimeoutError:
+        # What is still to come would be taken for the next request.
+        abort(request.scope)
+        raise RequestError(408, "The request body came too slowly.", code="timeout") from None
     try:
         return msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

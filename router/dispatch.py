@@ -70,6 +70,11 @@ class Dispatcher:
     def num_live(self) -> int:
         return len(self._requests)
 
+    def num_requests(self) -> tuple[int, int]:
+        """(prompts that are being answered, prompts whose first token is still to come)."""
+        running = sum(r.first_token is not None for r in self._requests.values())
+        return running, len(self._requests) - running
+
     async def idle(self) -> None:
         """Returns when no request is live."""
         await self._idle.wait()
@@ -81,6 +86,7 @@ class Dispatcher:
         self._idle.clear()
         self._metrics.live.set(len(self._requests))
         self._metrics.prompt_tokens.inc(len(request.prompt))
+        self._metrics.vllm.submitted(len(request.prompt))
         self._start(request, tuple(choice.number for choice in request.choices))
 
     def cancel(self, request: Request) -> None:
@@ -254,11 +260,18 @@ class Dispatcher:
     def _observe(self, request: Request, delta: Delta, previous: float | None) -> None:
         assert request.last_token is not None
         self._metrics.output_tokens.inc(len(delta.tokens))
+        vllm = self._metrics.vllm
+        if delta.finish:
+            vllm.finished(delta.finish)
         if previous is None:
-            self._metrics.ttft.observe(request.last_token - request.started)
+            ttft = request.last_token - request.started
+            self._metrics.ttft.observe(ttft)
             self._metrics.cached_tokens.inc(request.cached_tokens)
+            vllm.observe(ttft, None, len(delta.tokens))
         else:
-            self._metrics.itl.observe(request.last_token - previous)
+            itl = request.last_token - previous
+            self._metrics.itl.observe(itl)
+            vllm.observe(None, itl, len(delta.tokens))
 
     def _finish_choice(
         self, request: Request, attempt: Attempt, choice: int, teller: str | None
@@ -358,7 +371,12 @@ class Dispatcher:
         self._waiting.forget(request)
         del self._requests[request.id]
         self._metrics.requests.labels(outcome).inc()
-        self._metrics.e2e.observe(time.monotonic() - request.started)
+        took_s = time.monotonic() - request.started
+        self._metrics.e2e.observe(took_s)
+        if outcome == "finished":
+            self._metrics.vllm.ended(took_s)
+        else:
+            self._metrics.vllm.finished("abort" if outcome == "cancelled" else "error")
         self._metrics.live.set(len(self._requests))
         if not self._requests:
             self._idle.set()

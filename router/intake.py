@@ -25,6 +25,7 @@ from router.request import Choice, Request, TextRule
 from router.schemas import ChatBody, CompletionBody, SamplingBody
 from router.service import Service
 from router.speech import MARKERS, THINK, Format, detect
+from router.text_api import TextApi
 from router.token_text import TokenText
 from router.tokenizer import TextModel
 
@@ -59,6 +60,7 @@ class Intake:
         tool_format: Format | None = None,
     ) -> None:
         """tool_format: how the model writes calls of tools; None: as its chat template shows."""
+        self.text = TextApi(text_model)
         self._grammars = grammars
         self._tool_format = tool_format
         ids = (text_model.backend.token_to_id(marker) for marker in MARKERS)

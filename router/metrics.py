@@ -1,5 +1,7 @@
 """The router's Prometheus metrics: every name once, in a registry of their own."""
 
+from typing import Final
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -7,6 +9,75 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _TTFT = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 _ITL = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 5.0)
 _E2E = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0)
+
+
+FINISHES: Final = ("stop", "length", "abort", "error")
+
+
+class VllmMetrics:
+    """vLLM's names with vLLM's meanings, summed over all workers, for dashboards that exist."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+        self.running = self._gauge("num_requests_running", "Requests that are being answered")
+        self.waiting = self._gauge(
+            "num_requests_waiting", "Requests whose first token is still to come"
+        )
+        self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts")
+        self.generation_tokens = self._counter("generation_tokens", "Tokens that were generated")
+        self.success = Counter(
+            "vllm:request_success",
+            "Choices that ended, by reason",
+            ("model_name", "finished_reason"),
+            registry=registry,
+        )
+        self.ttft = self._histogram("time_to_first_token_seconds", "To the first token", _TTFT)
+        self.itl = self._histogram("inter_token_latency_seconds", "Between two tokens", _ITL)
+        self.e2e = self._histogram("e2e_request_latency_seconds", "To the last token", _E2E)
+        self._model = ""
+
+    def serve(self, model: str) -> None:
+        """The label of every sample."""
+        self._model = model
+        for metric in (
+            self.running, self.waiting, self.prompt_tokens, self.generation_tokens, self.ttft,
+            self.itl, self.e2e,
+        ):  # fmt: skip
+            metric.labels(model)
+        for reason in FINISHES:
+            self.success.labels(model, reason)
+
+    def finished(self, reason: str) -> None:
+        self.success.labels(self._model, reason).inc()
+
+    def observe(self, ttft: float | None, itl: float | None, num_tokens: int) -> None:
+        """One output: the time to it, from submission or from the one before."""
+        self.generation_tokens.labels(self._model).inc(num_tokens)
+        if ttft is not None:
+            self.ttft.labels(self._model).observe(ttft)
+        if itl is not None:
+            self.itl.labels(self._model).observe(itl)
+
+    def submitted(self, num_tokens: int) -> None:
+        self.prompt_tokens.labels(self._model).inc(num_tokens)
+
+    def ended(self, seconds: float) -> None:
+        self.e2e.labels(self._model).observe(seconds)
+
+    def loaded(self, running: int, waiting: int) -> None:
+        self.running.labels(self._model).set(running)
+        self.waiting.labels(self._model).set(waiting)
+
+    def _gauge(self, name: str, help: str) -> Gauge:
+        return Gauge(f"vllm:{name}", help, ("model_name",), registry=self._registry)
+
+    def _counter(self, name: str, help: str) -> Counter:
+        return Counter(f"vllm:{name}", help, ("model_name",), registry=self._registry)
+
+    def _histogram(self, name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(
+            f"vllm:{name}", help, ("model_name",), buckets=buckets, registry=self._registry
+        )
 
 
 class RouterMetrics:
@@ -28,6 +99,8 @@ class RouterMetrics:
         self.ttft = self._histogram("ttft_seconds", "Submission to first token", _TTFT)
         self.itl = self._histogram("itl_seconds", "Time between outputs of a prompt", _ITL)
         self.e2e = self._histogram("e2e_seconds", "Submission to end", _E2E)
+
+        self.vllm = VllmMetrics(self.registry)
 
     def _counter(self, name: str, help: str, *labels: str) -> Counter:
         return Counter(f"tandem_router_{name}", help, labels, registry=self.registry)

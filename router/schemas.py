@@ -166,6 +166,20 @@ class CompletionBody(SamplingBody):
     suffix: _Free = None
 
 
+class TokenizeBody(_Strict):
+    """Of `/tokenize` with a text; a conversation is a ChatBody."""
+
+    model: Annotated[str, Field(max_length=1_024)] | None = None
+    prompt: str
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeBody(_Strict):
+    model: Annotated[str, Field(max_length=1_024)] | None = None
+    tokens: Annotated[list[_Token], Field(fail_fast=True), _at_most(MAX_PROMPT_TOKENS)]
+
+
 class TextPart(_Strict):
     type: Literal["text", "input_text", "output_text"]
     text: str
@@ -300,7 +314,7 @@ _NEUTRAL: Final[dict[str, tuple[object, ...]]] = {
 }
 """Parameters that are not supported, with the values (besides null) that ask for nothing."""
 
-_Body = TypeVar("_Body", bound=SamplingBody)
+_Body = TypeVar("_Body", bound=_Strict)
 
 
 def parse(kind: type[_Body], data: object) -> _Body:
@@ -322,7 +336,7 @@ def parse(kind: type[_Body], data: object) -> _Body:
                 param=name,
                 code="unsupported_parameter",
             )
-    if body.stream_options is not None and not body.stream:
+    if isinstance(body, SamplingBody) and body.stream_options is not None and not body.stream:
         message = "'stream_options' is only allowed with 'stream': true."
         raise RequestError(400, message, param="stream_options")
     if isinstance(body, ChatBody):

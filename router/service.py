@@ -91,6 +91,10 @@ class Service:
         """Prompts that are being served."""
         return self._dispatcher.num_live
 
+    def num_requests(self) -> tuple[int, int]:
+        """(running, waiting) of this router: those that have begun to get tokens, and others."""
+        return self._dispatcher.num_requests()
+
     async def idle(self) -> None:
         """Returns when no request is live."""
         await self._dispatcher.idle()

@@ -10,15 +10,16 @@ from router.speech import Format, Said, Speech, detect, join
 CASES: list[tuple[Format, dict[str, Any], str, Said]] = [
     (
         "hermes", {},
-        'hi <tool_call>\n{"name": "f", "arguments": {"a": "}\\"", "b": [1,{"c":2}]}}\n</tool_call>\n'
+        'hi <tool_call>\n{"name": "f", "arguments": {"a": "}\\"", "b": [1,{"c":2}]}}\n'
+        '</tool_call>\n'
         '<tool_call>{"arguments": {}, "name":"g"}</tool_call>',
         Said("hi ", "", ("f", "g"), ('{"a": "}\\"", "b": [1,{"c":2}]}', "{}")),
     ),
     ("hermes", {}, "a <tool_call>oops</tool_call> b", Said("a <tool_call>oops</tool_call> b")),
     ("hermes", {}, '<tool_call>{"name": "f"}</tool_call>', Said("", "", ("f",), ("{}",))),
     ("hermes", {}, 'x<tool_call>{"a": 1}</tool_call>', Said('x<tool_call>{"a": 1}')),
-    ("hermes", {"thinks": False}, "<think>\nhm</think>\n\nplain <tool_cal", Said("plain <tool_cal", "hm")),
-    ("hermes", {"thinks": False}, " <thin air", Said("<thin air")),
+    ("hermes", {"thinks": False}, "<think>\nhm</think>\n\na <tool_cal", Said("a <tool_cal", "hm")),
+    ("hermes", {"thinks": False}, " <thin air", Said(" <thin air")),
     ("hermes", {"thinks": True}, "hm </thin</think>yes", Said("yes", "hm </thin")),
     ("none", {"thinks": True}, "never ends </th", Said("", "never ends </th")),
     (
@@ -26,7 +27,10 @@ CASES: list[tuple[Format, dict[str, Any], str, Said]] = [
         '{"name": "f", "parameters": {"x": 1}}; {"name": "g", "parameters": {"y": "z"}}',
         Said("", "", ("f", "g"), ('{"x": 1}', '{"y": "z"}')),
     ),
-    ("llama3_json", {}, '<|python_tag|>{"name": "f", "parameters": {}}', Said("", "", ("f",), ("{}",))),
+    (
+        "llama3_json", {}, '<|python_tag|>{"name": "f", "parameters": {}}',
+        Said("", "", ("f",), ("{}",)),
+    ),
     ("llama3_json", {}, 'see {"name": 1}', Said('see {"name": 1}')),
     ("llama3_json", {}, '{"a": 1} b', Said('{"a": 1} b')),
     (
@@ -34,7 +38,10 @@ CASES: list[tuple[Format, dict[str, Any], str, Said]] = [
         'ok [TOOL_CALLS] [{"name": "f", "arguments": {"x": 1}}, {"name": "g", "arguments": {}}]',
         Said("ok ", "", ("f", "g"), ('{"x": 1}', "{}")),
     ),
-    ("mistral", {}, '[TOOL_CALLS]f{"x": {}}[TOOL_CALLS]g[ARGS]{}', Said("", "", ("f", "g"), ('{"x": {}}', "{}"))),
+    (
+        "mistral", {}, '[TOOL_CALLS]f{"x": {}}[TOOL_CALLS]g[ARGS]{}',
+        Said("", "", ("f", "g"), ('{"x": {}}', "{}")),
+    ),
     ("mistral", {}, "none [TOOL", Said("none [TOOL")),
     (
         "list", {},
@@ -64,8 +71,26 @@ def test_what_is_said() -> None:
     st.sampled_from([None, True, False]),
     st.lists(
         st.sampled_from(
-            ["<think>", "</think>", "<tool_call>", "</tool_call>", "[TOOL_CALLS]", '{"name": "f", ']
-            + ['"arguments": ', '{"x": "', '"}', "}", "[", "]", " ", "\n", "word", "\\", "<", "f{"]
+            [
+                "<think>",
+                "</think>",
+                "<tool_call>",
+                "</tool_call>",
+                "[TOOL_CALLS]",
+                '{"name": "f", ',
+                '"arguments": ',
+                '{"x": "',
+                '"}',
+                "}",
+                "[",
+                "]",
+                " ",
+                "\n",
+                "word",
+                "\\",
+                "<",
+                "f{",
+            ]
         ),
         max_size=12,
     ),

@@ -1,0 +1,51 @@
+"""`/tokenize` and `/detokenize`, as vLLM has them: prompts as token ids, without generating.
+
+The routes are in `router.app`.
+"""
+
+from typing import Any
+
+from common.errors import RequestError
+from router.fleet import Limits
+from router.prompts import chat_prompt
+from router.schemas import ChatBody, DetokenizeBody, TokenizeBody, parse
+from router.tokenizer import TextModel
+
+
+class TextApi:
+    def __init__(self, text_model: TextModel) -> None:
+        self._text_model = text_model
+
+    async def tokenize(self, data: object, limits: Limits) -> dict[str, Any]:
+        """A text (`prompt`), or a conversation (`messages`). Raises RequestError (400)."""
+        if isinstance(data, dict) and "messages" in data:
+            shown = bool(data.pop("return_token_strs", False))
+            body = parse(ChatBody, data)
+            tokens = (await chat_prompt(body, self._text_model, limits)).tokens
+        else:
+            plain = parse(TokenizeBody, data)
+            shown = bool(plain.return_token_strs)
+            (tokens,) = await self._text_model.encode_all(
+                [plain.prompt], add_special_tokens=plain.add_special_tokens is not False
+            )
+        names = [self._text_model.backend.id_to_token(t) for t in tokens] if shown else None
+        return {
+            "count": len(tokens),
+            "max_model_len": limits.context,
+            "tokens": tokens,
+            "token_strs": names,
+        }
+
+    def detokenize(self, data: object, limits: Limits) -> dict[str, Any]:
+        """Raises RequestError (400)."""
+        tokens = parse(DetokenizeBody, data).tokens
+        if tokens and max(tokens) >= limits.vocab_size:
+            message = f"Token id {max(tokens)} is not below {limits.vocab_size}."
+            raise RequestError(400, message, param="tokens")
+        return {"prompt": self._text_model.decode(tokens, skip_special_tokens=False)}
+
+
+def no_embeddings() -> RequestError:
+    """What this model cannot do."""
+    message = "This model generates text; it does not support embeddings."
+    return RequestError(400, message, code="unsupported_endpoint")
