@@ -95,4 +95,5 @@ def up_command(
     if contender.pinned:
         argv += ["--pin-cores", ",".join(map(str, cores))]
     name = re.sub(r"\W+", "-", contender.name.lower())
-    return Command(name, (*argv, *shlex.split(flags)), port, tuple(cores))
+    workers = contender.prefill + contender.decode
+    return Command(name, (*argv, *shlex.split(flags)), port, tuple(cores), workers=workers)

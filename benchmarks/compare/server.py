@@ -1,5 +1,6 @@
 """The processes of one system under test: started on given cores, awaited, ended by their ids."""
 
+import json
 import os
 import signal
 import socket
@@ -26,7 +27,8 @@ class StartError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """One server process. It is ready when `http://127.0.0.1:port/health` answers 200."""
+    """One server process. It is ready when `http://127.0.0.1:port/health` answers 200, and all of
+    its `workers` are there."""
 
     name: str
     argv: tuple[str, ...]
@@ -34,6 +36,9 @@ class Command:
     cores: tuple[int, ...]
     env: Mapping[str, str] = field(default_factory=dict)
     """Added to the environment of this process."""
+    workers: int = 0
+    """Workers of a Tandem that must all be there; with some of them it serves already, but as
+    another topology."""
 
 
 def stop_cleanly() -> None:
@@ -85,7 +90,9 @@ def _start(command: Command, log: IO[str]) -> "subprocess.Popen[bytes]":
 def _await(
     command: Command, process: "subprocess.Popen[bytes]", log: Path, deadline: float
 ) -> None:
-    while not answers(f"http://127.0.0.1:{command.port}/health"):
+    url = f"http://127.0.0.1:{command.port}"
+    wanted = command.workers
+    while not answers(f"{url}/health") or (wanted and num_workers(url, wanted) < wanted):
         if process.poll() is not None:
             raise StartError(f"{command.name} ended with code {process.returncode}{_tail(log)}")
         if time.monotonic() > deadline:
@@ -100,6 +107,17 @@ def answers(url: str) -> bool:
             return bool(response.status == 200)
     except (urllib.error.URLError, OSError):
         return False
+
+
+def num_workers(url: str, otherwise: int) -> int:
+    """The live workers of a Tandem; `otherwise` if it does not tell: it wants a key."""
+    try:
+        with urllib.request.urlopen(f"{url}/debug/workers", timeout=5.0) as response:
+            return len(json.load(response)["workers"])
+    except urllib.error.HTTPError as error:
+        return otherwise if error.code in (401, 403, 404) else 0
+    except (urllib.error.URLError, OSError):
+        return 0
 
 
 def _tail(log: Path) -> str:

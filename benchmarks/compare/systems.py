@@ -57,7 +57,8 @@ class Tandem(System):
         )  # fmt: skip
         if self.prefill + self.decode > 1:
             argv += ("--pin-cores",)
-        return [Command(self.name, argv, port, tuple(cores))]
+        workers = self.prefill + self.decode
+        return [Command(self.name, argv, port, tuple(cores), workers=workers)]
 
 
 class VllmCpu(System):

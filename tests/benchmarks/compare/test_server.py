@@ -1,5 +1,6 @@
 """Processes of a comparison: ready means ready, and nothing is left at the end."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -10,7 +11,14 @@ import psutil
 import pytest
 
 from benchmarks.compare.paths import ROOT
-from benchmarks.compare.server import Command, StartError, answers, free_ports, running
+from benchmarks.compare.server import (
+    Command,
+    StartError,
+    answers,
+    free_ports,
+    num_workers,
+    running,
+)
 
 SERVER = """
 import http.server, subprocess, sys
@@ -49,6 +57,32 @@ def test_starts_pinned_and_leaves_nothing(tmp_path: Path) -> None:
         assert child.environ()["COLOUR"] == "red"
     assert not answers(f"http://127.0.0.1:{port}/health")
     await_end(child)
+
+
+GATHERING = """
+import http.server, json, sys
+asked = 0
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        global asked
+        asked += self.path == "/debug/workers"
+        body = json.dumps({"workers": [{}] * asked}).encode()
+        self.send_response(401 if asked > 3 else 200)
+        self.send_header("content-length", str(len(body))); self.end_headers()
+        self.wfile.write(body)
+    def log_message(self, *arguments): pass
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+def test_a_deployment_is_ready_with_its_last_worker(tmp_path: Path) -> None:
+    (port,) = free_ports(1)
+    url = f"http://127.0.0.1:{port}"
+    two = dataclasses.replace(command(GATHERING, str(port), port=port), workers=2)
+    with running([two], tmp_path, 30.0):
+        assert num_workers(url, 0) == 3, "the third to ask"
+        assert num_workers(url, 7) == 7, "it wants a key: taken to be complete"
+    assert num_workers(url, 7) == 0
 
 
 def test_a_server_ends_with_a_comparison_that_is_killed(tmp_path: Path) -> None:
