@@ -5,10 +5,13 @@ what comes in and reserves what goes out; read by `/health`, `/debug/workers` an
 """
 
 import logging
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from common.messages import Load, Peer, WorkerInfo
+from router.cost_fit import CostFit
+from router.cost_meter import CostMeter
 from router.placement import Candidate
 from router.progress import Progress
 from router.request import Attempt
@@ -51,8 +54,9 @@ class Gauge:
 class Member:
     """One live worker."""
 
-    def __init__(self, info: WorkerInfo, hang_s: float) -> None:
+    def __init__(self, info: WorkerInfo, hang_s: float, meter: CostMeter) -> None:
         self.info = info
+        self.meter = meter
         self.progress = Progress(hang_s)
         self.draining = info.state != "ready"
         self.load = Load(free_blocks=info.num_blocks)
@@ -94,6 +98,7 @@ class Member:
             kv_tokens=self.kv_tokens.value,
             num_seqs=self.num_seqs.value,
             ready=self.state == "ready",
+            cost=self.meter.model,
         )
 
 
@@ -108,9 +113,17 @@ class Limits:
 
 
 class Fleet:
-    def __init__(self, max_model_len: int = 0, hang_s: float = 30.0) -> None:
+    def __init__(
+        self,
+        max_model_len: int = 0,
+        hang_s: float = 30.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """`max_model_len` above 0 bounds what the workers allow. `hang_s`: see `Progress`."""
         self._members: dict[str, Member] = {}
+        self._clock = clock
+        self._costs: dict[tuple[str, str], CostFit] = {}
+        """What computing costs on all workers of a role and content id."""
         self._max_model_len = max_model_len
         self._hang_s = hang_s
         self.limits: Limits | None = None
@@ -129,7 +142,8 @@ class Fleet:
         return None if worker_id is None else self._members.get(worker_id)
 
     def up(self, info: WorkerInfo) -> None:
-        self._members[info.id] = Member(info, self._hang_s)
+        peers = self._costs.setdefault((info.role, info.content_id), CostFit())
+        self._members[info.id] = Member(info, self._hang_s, CostMeter(peers))
         self._update_limits()
 
     def down(self, worker_id: str) -> None:
@@ -156,12 +170,23 @@ class Fleet:
             decode.kv_tokens.place(attempt.kv_tokens)
         if (prefill := self.get(attempt.prefill or attempt.decode)) is not None:
             prefill.prefill_tokens.place(attempt.prefill_tokens)
+            prefill.meter.sent(attempt, self._clock())
 
     def prefilled(self, attempt: Attempt) -> None:
         """The first output came: the prompt is not to be computed any more."""
+        member = self.get(attempt.prefill)
+        # What a decode worker computes beside its residents says little of its speed, and a worker
+        # that came back under its name never saw the prompt.
+        if member is not None and member.meter.waits_for(attempt):
+            cached = attempt.kv_tokens - attempt.prefill_tokens
+            member.meter.computed(attempt, attempt.prefill_tokens, cached, self._clock())
+        self._end_prefill(attempt)
+
+    def _end_prefill(self, attempt: Attempt) -> None:
         assert not attempt.prefilled
         if (member := self.get(attempt.prefill or attempt.decode)) is not None:
             member.prefill_tokens.end(attempt.prefill_tokens)
+            member.meter.dropped(attempt)
         attempt.prefilled = True
 
     def handed_over(self, attempt: Attempt) -> None:
@@ -174,7 +199,7 @@ class Fleet:
     def release(self, attempt: Attempt) -> None:
         """The attempt is over; what it still counts for ends."""
         if not attempt.prefilled:
-            self.prefilled(attempt)
+            self._end_prefill(attempt)
         for member in self._carriers(attempt):
             member.num_seqs.end(len(attempt.choices))
         if (decode := self.get(attempt.decode)) is not None:

@@ -181,6 +181,8 @@ class Service:
         match message:
             case Step(outputs, load):
                 member.report(load)
+                if member.info.role == "decode":
+                    member.meter.stepped(load, time.monotonic())
                 for output in outputs:
                     self._dispatcher.take(worker, output)
             case Pong():
