@@ -8,6 +8,7 @@ import asyncio
 import copy
 import dataclasses
 import itertools
+import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -131,7 +132,8 @@ def sweep(
     cores: Sequence[int], slo: Mapping[str, float], directory: Path,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure everything; the document that `--render` reads. No rates: by a probe. Ctrl-C ends it
-    early and keeps what was measured. Raises StartError, ConnectionError if the probe fails."""
+    early; what was measured is kept after each turn. Raises StartError, ConnectionError if the
+    probe fails."""
     busy = machine.busy_share()
     logs = directory / "logs"
     document: dict[str, Any] = machine.provenance() | {
@@ -154,7 +156,16 @@ def sweep(
             except KeyboardInterrupt:
                 document["failures"].append("stopped before its end")
                 break
+            finally:
+                keep(document | {"points": points}, directory)
     return document | {"points": points}
+
+
+def keep(document: Mapping[str, Any], directory: Path) -> None:
+    """Write what is measured so far, for `--render`; all at once, so that a kill leaves a whole."""
+    unfinished = directory / "sweep.json.unfinished"
+    unfinished.write_text(json.dumps(document, indent=1) + "\n")
+    unfinished.rename(directory / "sweep.json")
 
 
 def description(args: argparse.Namespace) -> str:

@@ -5,6 +5,7 @@ import asyncio
 import json
 import math
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ import pytest
 from benchmarks import contenders, machine, sweep, sweep_run
 from benchmarks.contenders import Contender
 from tests.benchmarks.slow_server import slow_server
+
+ROOT = Path(__file__).parents[2]
 
 
 def arguments(*argv: str) -> argparse.Namespace:
@@ -64,6 +67,23 @@ async def test_what_does_not_answer_is_told(tmp_path: Path) -> None:
     assert [p["contender"] for p in document["points"]] == ["there"]
     (failure,) = document["failures"]
     assert failure.startswith("gone: warm-up request failed: ClientConnectorError")
+
+
+async def test_what_was_measured_survives_a_kill(tmp_path: Path) -> None:
+    async with slow_server(0.0, 0.0) as quick, slow_server(600.0, 0.0) as stuck:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "deploy.cli", "bench", "sweep", "--topologies", "none",
+            "--url", f"quick={quick.url}", "--url", f"stuck={stuck.url}", "--rates", "50",
+            "--min-prompts", "3", "--point-seconds", "0.01", "--num-warmups", "0",
+            "--output", str(tmp_path), cwd=ROOT, stdout=asyncio.subprocess.DEVNULL,
+        )  # fmt: skip
+        while len(stuck.prompts) < 3:
+            await asyncio.sleep(0.05)
+        process.kill()
+        await process.wait()
+    assert sweep.main(["--render", str(tmp_path / "sweep.json")]) == 0
+    document = json.loads((tmp_path / "sweep.json").read_text())
+    assert [p["contender"] for p in document["points"]] == ["quick"]
 
 
 async def test_rates_are_found_by_a_probe(tmp_path: Path) -> None:
