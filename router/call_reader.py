@@ -35,7 +35,9 @@ class CallReader:
         for i, char in enumerate(text):
             self._step(char, arguments)
             if self.failed:
-                return "", None
+                if self.name is not None and not self._any:
+                    arguments.append("{}")
+                return self._pass_on(arguments), text[i + 1 :]
             if self._depth == 0 and not self._in_string and char in "}]":
                 if not self._any:
                     arguments.append("{}")

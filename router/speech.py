@@ -86,12 +86,12 @@ class Speech:
         self._mistral_name = ""
         self._said = False
         self._trims = bool(thinks)
-        """White space at the beginning of reasoning, and after it, is not shown."""
+        """White space at the beginning of reasoning, after it, and after a call is not shown."""
 
     def push(self, text: str) -> list[Piece]:
         pieces: list[Piece] = []
         rest = self._think(text, pieces) if self._thought != "over" else text
-        if self._thought == "over" and (rest := self._trim(rest)):
+        if self._thought == "over" and rest:
             self._speak(rest, pieces)
         return pieces
 
@@ -125,7 +125,7 @@ class Speech:
             text = start.removeprefix(THINK[0])
             self._trims = True
         before, after = self._marker.split(text, THINK[1])
-        self._add(pieces, "reasoning", self._trim(before))
+        self._add(pieces, "reasoning", before)
         if after is None:
             return ""
         self._thought = "over"
@@ -156,8 +156,6 @@ class Speech:
             return self._in_llama(text, pieces)
         opening = TOOL_CALL[0] if self._format == "hermes" else TOOL_CALLS
         before, after = self._marker.split(text, opening)
-        if self.num_calls and not before.strip():
-            before = ""  # white space between calls
         self._add(pieces, "content", before)
         if after is None:
             return None
@@ -201,6 +199,10 @@ class Speech:
         if not brace:
             return None
         name = name.removesuffix(ARGS).strip()
+        if not name:
+            self._state = "raw"
+            return TOOL_CALLS + self._mistral_name
+        self._trims = False
         self._reader = CallReader(name)
         self._state = "call"
         self._raw = ""
@@ -218,7 +220,11 @@ class Speech:
         if start.startswith("]"):
             self._state = "text" if self._format == "mistral" else "over"
             return start[1:]
-        self._add(pieces, "content", start)
+        self._state = "raw"  # no list of calls after all
+        return start
+
+    def _in_raw(self, text: str, pieces: list[Piece]) -> str | None:
+        self._add(pieces, "content", text)
         return None
 
     def _in_over(self, text: str, pieces: list[Piece]) -> str | None:
@@ -235,18 +241,13 @@ class Speech:
         self._reader = CallReader()
         self._raw = raw
         self._state = "call"
+        self._trims = False
 
     def _in_call(self, text: str, pieces: list[Piece]) -> str | None:
         reader = self._reader
         assert reader is not None
         known = reader.name
         arguments, rest = reader.push(text)
-        if reader.failed and known is None:
-            self._add(pieces, "content", self._raw + text)
-            self._reader = None
-            self._said = True
-            self._state = "text"
-            return None
         if known is None:
             self._raw += text
             if reader.name is not None:
@@ -255,11 +256,19 @@ class Speech:
             self._add(pieces, "arguments", arguments)
         if rest is None:
             return None
+        if reader.failed and reader.name is not None:
+            # What follows is no call; the one that was begun stays.
+            self._reader = None
+            self._state = "raw"
+            return rest
         if reader.name is None:
             self._add(pieces, "content", self._raw.removesuffix(rest))
             self._said = True
         self._reader = None
-        if self._format == "hermes":
+        self._trims = reader.name is not None
+        if reader.failed:
+            self._state = "text" if self._format != "list" else "raw"
+        elif self._format == "hermes":
             self._state = "closing"
         elif self._format == "list" or (self._format == "mistral" and not self._mistral_name):
             self._state = "list"
@@ -272,6 +281,8 @@ class Speech:
         self.num_calls += 1
 
     def _add(self, pieces: list[Piece], kind: Kind, text: str) -> None:
+        if kind != "arguments":
+            text = self._trim(text)
         if text:
             pieces.append(Piece(kind, text, self.num_calls - 1 if kind == "arguments" else -1))
 
