@@ -12,6 +12,7 @@ control DEALER and a data outlet.
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Coroutine
 from dataclasses import replace
 from random import SystemRandom
@@ -192,6 +193,11 @@ class Endpoint:
             sending=self._sender.num_live,
             receiving=self._receiver.num_live,
             links=len(self._channels),
+            links_over=Counter(
+                channel.outlet.transport
+                for channel in self._channels.values()
+                if channel.outlet is not None
+            ),
         )
 
     def _data_address(self, transport: str) -> str:

@@ -49,6 +49,8 @@ class Outgoing:
     sent: set[int] = field(default_factory=set)
     landed: set[int] = field(default_factory=set)
     first: tuple[First, ...] | None = None
+    complete_at: float = 0.0
+    """When the engine said that everything was offered."""
     closed_at: float | None = None
     """When Close was last sent in this round."""
     fence: bool = False

@@ -94,6 +94,7 @@ class Sender:
                     link, transfer = self._keys[key]
                     assert len(transfer.offered) == transfer.num_blocks, (key, transfer.num_blocks)
                     transfer.first = first
+                    transfer.complete_at = now
                     self._close(link, transfer, now)
             case Abort(key, reason):
                 if key in self._keys:
@@ -209,6 +210,7 @@ class Sender:
                     self._forget(link, transfer, "delivered", now, tell=False)
                     shipped = len(transfer.landed | transfer.wanted.keys())
                     self._stats.delivered += 1
+                    self._stats.exposed_s += now - transfer.complete_at
                     num_bytes = shipped * self._memory.block_bytes
                     self.events.append(Delivered(transfer.key, shipped, num_bytes))
                 else:

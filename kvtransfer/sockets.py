@@ -12,7 +12,7 @@ import zmq.asyncio
 from zmq.utils.monitor import recv_monitor_message
 
 
-def send_now(socket: zmq.asyncio.Socket, frames: Sequence[bytes | memoryview]) -> int:
+def send_now(socket: zmq.asyncio.Socket, frames: Sequence[bytes | memoryview | zmq.Frame]) -> int:
     """Send a message or drop it. Returns 0, or the errno for which it was dropped."""
     # Reading EVENTS lets the socket learn of connections that came up this very moment.
     socket.get(zmq.EVENTS)

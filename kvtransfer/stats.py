@@ -16,6 +16,9 @@ class TransferStats:
     digest_errors: int = 0
     delivered: int = 0
     arrived: int = 0
+    exposed_s: float = 0.0
+    """Of all delivered transfers: from the last computed block (Close of the engine) to the Ack,
+    the time that computing did not hide."""
     rounds_repeated: int = 0
     """Tickets of a second or third round: something was lost or damaged on the way."""
     broken: Counter[str] = field(default_factory=Counter)
@@ -36,3 +39,5 @@ class TransferStats:
     receiving: int = 0
     links: int = 0
     """Receivers that this endpoint holds a connection to."""
+    links_over: Counter[str] = field(default_factory=Counter)
+    """Data connections to receivers at this moment, by the transport that was chosen."""

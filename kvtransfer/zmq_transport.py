@@ -1,12 +1,13 @@
-"""Data over zmq: a header frame, then one frame per run of blocks contiguous at the sender.
+"""Data over zmq: a header frame, then one frame with the blocks of the message.
 
-The sender's frames are copied by zmq when they are sent, so that the pool may be reused at once;
-the receiver copies from zmq's memory into its slots.
+The sender copies its frames into rooms of its own before they are sent, so that the pool may be
+reused at once; the receiver copies from zmq's memory into its slots.
 """
 
 import asyncio
 from collections.abc import Sequence
 
+import numpy as np
 import zmq
 import zmq.asyncio
 
@@ -15,11 +16,34 @@ from common.errors import ProtocolError
 from kvtransfer.copying import address_of, copy_blocks
 from kvtransfer.memory import BlockMemory
 from kvtransfer.outgoing import Shipment
-from kvtransfer.protocol import RUN_BYTES, DataHeader, decode_header, encode
+from kvtransfer.protocol import RUN_BYTES, WINDOW_BYTES, DataHeader, decode_header, encode
 from kvtransfer.sockets import LinkMonitor, is_writable, make_dealer, send_now
 
 _MAX_QUEUED = 64
 """Messages of at most RUN_BYTES that wait at either end; the window keeps them fewer."""
+_MAX_ROOMS = WINDOW_BYTES // RUN_BYTES
+
+
+class Room:
+    """Memory of one message, used again when zmq has let go of it: new memory for each message
+    would cost more than the copy."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._bytes = np.empty(num_bytes, dtype=np.uint8)
+        self._sent: zmq.MessageTracker | None = None
+
+    def is_free(self, num_bytes: int) -> bool:
+        return self._bytes.nbytes >= num_bytes and (self._sent is None or self._sent.done)
+
+    def frame(self, runs: Sequence[memoryview]) -> zmq.Frame:
+        """One frame of the bytes of these runs; the room is not free until it is gone."""
+        end = 0
+        for run in runs:
+            start, end = end, end + run.nbytes
+            np.copyto(self._bytes[start:end], np.frombuffer(run, dtype=np.uint8))
+        frame = zmq.Frame(self._bytes[:end].data, track=True, copy=False)
+        self._sent = frame.tracker
+        return frame
 
 
 class ZmqOutlet:
@@ -34,6 +58,7 @@ class ZmqOutlet:
         caller.prepare(self._socket)
         self._socket.setsockopt(zmq.SNDHWM, _MAX_QUEUED)
         self._monitor = LinkMonitor(self._socket)
+        self._rooms: list[Room] = []
 
     @classmethod
     async def connect(
@@ -57,9 +82,22 @@ class ZmqOutlet:
         return is_writable(self._socket)
 
     def send(self, shipment: Shipment) -> None:
+        frames: list[bytes | memoryview | zmq.Frame] = [encode(shipment.header)]
         runs = [self._memory.run(block, count) for block, count in shipment.runs]
+        if runs:
+            room = self._room(sum(run.nbytes for run in runs))
+            # Without a room zmq copies the runs into memory that it takes for them.
+            frames += [room.frame(runs)] if room is not None else runs
         # A connection that was lost after `writable` is reported by the monitor.
-        send_now(self._socket, [encode(shipment.header), *runs])
+        send_now(self._socket, frames)
+
+    def _room(self, num_bytes: int) -> Room | None:
+        """Where so many bytes can be put; None if all rooms are still being sent."""
+        room = next((room for room in self._rooms if room.is_free(num_bytes)), None)
+        if room is None and len(self._rooms) < _MAX_ROOMS:
+            room = Room(max(RUN_BYTES, self._memory.block_bytes))
+            self._rooms.append(room)
+        return room
 
     def abandon(self) -> None:
         """Nothing is read after `send`."""

@@ -195,3 +195,17 @@ def test_an_idle_link_is_closed() -> None:
     assert PEER in sender.links
     sender.tick(TIMERS.idle_s + 0.1)
     assert not sender.links and not sender.events
+
+
+def test_the_time_that_computing_did_not_hide() -> None:
+    stats = TransferStats()
+    sender = Sender(identity("p", 1), BytePool(4, BLOCK_BYTES), TIMERS, stats, Random(0))
+    transfer = begin(sender, Key(1, 1), 2)
+    sender.message(PEER, ticket(transfer, range(2)), 0.1)
+    sender.command(offer(Key(1, 1), range(2)), 0.2)
+    assert positions(sender, 0.2) == [(transfer, [0, 1])]
+    sender.message(PEER, p.Landed(transfer, (0, 1)), 0.5)
+    assert stats.exposed_s == 0.0
+    sender.command(Close(Key(1, 1), FIRST), 1.0)
+    sender.message(PEER, p.Ack(transfer), 1.25)
+    assert stats.exposed_s == 0.25

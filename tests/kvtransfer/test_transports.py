@@ -53,6 +53,8 @@ async def test_the_pair_uses_the_first_that_both_offer(here: str, there: str, us
     async with running(p, d):
         await ship(p, d, KEY)
         assert p.endpoint.stats().bytes_sent_over == {used: 3 * 64}
+        assert p.endpoint.stats().links_over == {used: 1} and not d.endpoint.stats().links_over
+        assert p.endpoint.stats().exposed_s > 0
         assert d.endpoint.stats().bytes_received_over == {used: 3 * 64}
         assert d.endpoint.stats().seconds_receiving_over[used] > 0
 
