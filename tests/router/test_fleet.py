@@ -114,12 +114,12 @@ def test_limits_are_those_of_the_smallest_and_survive_the_last_worker() -> None:
     workers.up(worker_info("p", role="prefill", vocab_size=100))
     assert workers.limits is None
     workers.up(worker_info("d", role="decode", num_blocks=50))
-    assert workers.limits == Limits(800, 100)  # 50 blocks of 16 tokens
+    assert workers.limits == Limits(800, 100, (2,))  # 50 blocks of 16 tokens
     workers.up(worker_info("e", role="decode", num_blocks=500))
-    assert workers.limits == Limits(900, 100)
+    assert workers.limits == Limits(900, 100, (2,))
     workers.down("d")
     workers.down("e")
-    assert workers.limits == Limits(900, 100)
+    assert workers.limits == Limits(900, 100, (2,))
 
 
 def test_who_can_serve() -> None:
