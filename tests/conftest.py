@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.faults.volume import SCALES, Volume
 from tests.redis_server import RedisServer
 
 if TYPE_CHECKING:
@@ -18,6 +19,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 MakeCheckpoint = Callable[..., Path]
 """`(architecture, **options of write_checkpoint) -> directory`."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--faults", choices=list(SCALES), default="small", help="size of fault suites")
+
+
+@pytest.fixture(scope="session")
+def volume(request: pytest.FixtureRequest) -> Volume:
+    """How many cases a suite of faults does."""
+    return Volume(request.config.getoption("--faults"))
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ position); whatever is free is poisoned.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
@@ -62,6 +62,8 @@ class Prompt:
     abort_after: int | None
     """Chunks after which the engine aborts."""
     offered: int = 0
+    rest: int = 0
+    """Steps in which it gets no chunk."""
     aborted: bool = False
 
     def refs(self, count: int) -> tuple[BlockRef, ...]:
@@ -84,6 +86,9 @@ class SimulatedWorker:
     """The engines neither abort, revoke nor refuse."""
     alive: bool = True
     paused: bool = False
+    silent_since: float | None = None
+    """Since when it is dead or paused."""
+    active_since: float = 0.0
     steps: int = 0
     prompts: dict[Key, Prompt] = field(default_factory=dict)
     ended: dict[Key, str] = field(default_factory=dict)
@@ -166,6 +171,11 @@ class SimulatedWorker:
                 continue
             if prompt.abort_after is not None:
                 prompt.abort_after -= 1
+            if prompt.rest and not self.calm:
+                prompt.rest -= 1
+                continue
+            if self.random.random() < 0.12:
+                prompt.rest = 30  # about six seconds: longer than the lease
             refs = prompt.refs(self.random.randint(1, 3))
             for ref in refs:
                 self.pool.slab(ref.block)[:] = content(prompt.key, ref.position)
@@ -227,7 +237,10 @@ class SimulatedWorker:
 
     # ------------------------------------------------------------ checks at the endpoint
 
-    def write(self, landing: Landing, payload: bytes) -> list[int | None]:
+    def read(self, blocks: Sequence[int]) -> bytes:
+        return b"".join(self.pool.read(block) for block in blocks)
+
+    def write(self, landing: Landing, blocks: Sequence[bytes | None]) -> list[int | None]:
         """The copy of an accepted message, as a transport does it."""
         digests: list[int | None] = []
         for i, (block, slot) in enumerate(zip(landing.header.blocks, landing.slots, strict=True)):
@@ -239,7 +252,11 @@ class SimulatedWorker:
             granted = self.granted[key][block.position]
             assert granted == (block.position, slot, block.generation), (granted, block)
             assert self.generations[slot] == block.generation, (slot, block)
-            self.pool.slab(slot)[:] = payload[i * BLOCK_BYTES : (i + 1) * BLOCK_BYTES]
+            found = blocks[i]
+            if found is None:
+                digests.append(None)
+                continue
+            self.pool.slab(slot)[:] = found
             digests.append(digest(self.pool.slab(slot)))
         return digests
 
@@ -266,6 +283,11 @@ class SimulatedWorker:
                     self.check_content(key, position, self.granted[key][position].block)
         self.inbox.append(event)
 
+    @property
+    def is_idle(self) -> bool:
+        live = self.sender.num_live + self.receiver.num_live
+        return not (self.prompts or self.granted or self.queue or live)
+
     def check_idle(self) -> None:
         """Nothing is held any more."""
         assert not self.prompts, (self.id, self.prompts)
@@ -276,4 +298,4 @@ class SimulatedWorker:
 
 
 def content(key: Key, position: int) -> bytes:
-    return BytePool(1, BLOCK_BYTES).fill(0, f"{key.request}/{position} ")
+    return (f"{key.request}/{position} ".encode() * BLOCK_BYTES)[:BLOCK_BYTES]

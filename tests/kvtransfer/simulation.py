@@ -1,8 +1,9 @@
 """A deterministic simulation of transfers between workers, with a fake clock and network.
 
-`simulate(seed)` runs some seconds of faults (messages lost, late, doubled, reordered, damaged;
-connections lost; workers killed, restarted, paused), then heals everything and asserts that what
-is left comes to an end and that new transfers succeed. A failure is replayed by its seed:
+`simulate(seed)` runs seconds of faults (messages lost, late, doubled, reordered, damaged;
+connections lost, or deaf in one direction; workers killed, restarted, paused), then heals
+everything and asserts that what is left comes to an end and that new transfers succeed. A failure
+is replayed by its seed:
 
     python -m tests.kvtransfer.simulation --start 4711 --seeds 1
 """
@@ -21,17 +22,28 @@ from kvtransfer.commands import Abort, Key, SenderCommand
 from kvtransfer.outgoing import Shipment
 from kvtransfer.timers import Timers
 from tests.kvtransfer.pool import BLOCK_SIZE
-from tests.kvtransfer.simulated_worker import Command, SimulatedWorker
+from tests.kvtransfer.simulated_worker import BLOCK_BYTES, Command, SimulatedWorker
 
-TIMERS = Timers.of(TimerConfig(heartbeat_s=1, dead_after=3, lease_s=4, stall_s=2))
-FAULTY_S = 12.0
+TIMERS = Timers.of(TimerConfig(heartbeat_s=1, dead_after=3, lease_s=2.5, stall_s=1.5))
+FAULTY_S = 7.0
 HEAL_S = 20.0
+"""Everything that the faults left behind must have ended so long after the last of them."""
 TICK_S = 0.1
+LATE_S = 1.5
+"""How much later than that a message of the time before may still come."""
+CALM = 4
+"""Transfers after the faults, all of which must succeed."""
+
+
+WAYS = ("copied", "lazy", "shared")
+"""When a shipment's bytes are read from the sender's pool: as it leaves (zmq), for as long as its
+transfer lives (tcp), or by the receiver whenever it comes to it (shm)."""
 
 
 @dataclass(slots=True)
 class Faults:
-    """Probabilities per message (the first five) and per second."""
+    """Probabilities per message (the first five) and per second; `one_way` of a second in which
+    the messages of one lane of a connection are lost."""
 
     drop: float = 0.0
     duplicate: float = 0.0
@@ -41,6 +53,7 @@ class Faults:
     disconnect: float = 0.0
     kill: float = 0.0
     pause: float = 0.0
+    one_way: float = 0.0
 
     @staticmethod
     def draw(random: Random) -> "Faults":
@@ -50,8 +63,9 @@ class Faults:
             return random.random() * limit if random.random() < 0.5 else 0.0
 
         return Faults(
-            some(0.2), some(0.2), some(0.2), some(0.1), some(0.1), some(0.4), some(0.2), some(0.3)
-        )
+            some(0.2), some(0.2), some(0.2), some(0.1), some(0.1), some(0.4), some(0.2), some(0.3),
+            some(0.3),
+        )  # fmt: skip
 
 
 @dataclass(slots=True, eq=False)
@@ -64,17 +78,20 @@ class Connection:
     route: bytes
     is_open: bool = True
     ready_at: dict[str, float] = field(default_factory=dict)
+    deaf_until: dict[str, float] = field(default_factory=dict)
+    """Lanes on which nothing gets through: an asymmetric partition."""
 
 
 class Simulation:
     def __init__(self, seed: int) -> None:
         self.random = Random(seed)
         self.faults = Faults.draw(self.random)
+        self.way = self.random.choice(WAYS)
         self.now = 0.0
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._count = 0
         self._routes: dict[bytes, Connection] = {}
-        self._connections: dict[tuple[SimulatedWorker, Peer], Connection] = {}
+        self._connections: dict[SimulatedWorker, dict[Peer, Connection]] = {}
         self._connecting: set[tuple[SimulatedWorker, Peer]] = set()
         self._backlog: dict[SimulatedWorker, list[Callable[[], None]]] = {}
         self.lives: list[SimulatedWorker] = []
@@ -116,8 +133,10 @@ class Simulation:
         worker = SimulatedWorker(id, epoch, self.random, TIMERS)
         worker.calm = self.faults == Faults()
         worker.receiver.data = {"sim": id}
+        worker.active_since = self.now
         self.workers[id] = worker
         self.lives.append(worker)
+        self._connections[worker] = {}
         self._tick(worker)
         self._step(worker)
 
@@ -172,23 +191,23 @@ class Simulation:
     # ------------------------------------------------------------ faults
 
     def kill(self, worker: SimulatedWorker) -> None:
-        worker.alive = False
-        for connection in list(self._connections.values()):
+        worker.alive, worker.silent_since = False, self.now
+        for connection in self.connections():
             if worker in (connection.source, connection.target):
                 self.disconnect(connection)
         restart_s = self.random.uniform(0.05, 3.0)
         self.after(restart_s, lambda: self.begin_life(worker.id))
 
     def pause(self, worker: SimulatedWorker) -> None:
-        worker.paused = True
+        worker.paused, worker.silent_since = True, self.now
         self._backlog[worker] = []
-        pause_s = self.random.uniform(0.1, 2 * TIMERS.lease_s)
+        pause_s = self.random.uniform(0.1, 3 * TIMERS.lease_s)
         self.after(pause_s, lambda: self.resume(worker, pause_s))
 
     def resume(self, worker: SimulatedWorker, pause_s: float) -> None:
         if not worker.paused:
             return
-        worker.paused = False
+        worker.paused, worker.silent_since, worker.active_since = False, None, self.now
         if pause_s > TIMERS.lease_s and self.random.random() < 0.5:
             # It noticed that it was away for too long before it read a message.
             worker.begin_life(self.random.getrandbits(62), self.now)
@@ -207,9 +226,9 @@ class Simulation:
         source, peer = connection.source, connection.peer
 
         def seen() -> None:
-            if self._connections.get((source, peer)) is not connection:
+            if self._connections[source].get(peer) is not connection:
                 return
-            del self._connections[source, peer]
+            del self._connections[source][peer]
             source.sender.disconnected(peer, self.now)
             source.sender.data_lost(peer, self.now)
 
@@ -225,9 +244,12 @@ class Simulation:
                 self.kill(worker)
             elif random.random() < faults.pause / 10:
                 self.pause(worker)
-        for connection in list(self._connections.values()):
+        for connection in self.connections():
             if random.random() < faults.disconnect / 10:
                 self.disconnect(connection)
+            if random.random() < faults.one_way / 10:
+                lane = random.choice(["request", "answer", "data"])
+                connection.deaf_until[lane] = self.now + random.uniform(0.5, 2 * TIMERS.lease_s)
 
     # ------------------------------------------------------------ network
 
@@ -236,9 +258,10 @@ class Simulation:
         for queue in (worker.sender.events, worker.receiver.events):
             while queue:
                 worker.emitted(queue.popleft())
+        connections, links = self._connections[worker], worker.sender.links
         while worker.sender.outbox:
             peer, request = worker.sender.outbox.popleft()
-            connection = self._connections.get((worker, peer))
+            connection = connections.get(peer)
             if connection is not None:
                 self._send_request(connection, protocol.encode(request))
         while worker.receiver.outbox:
@@ -248,16 +271,17 @@ class Simulation:
                 self._send_answer(connection, protocol.encode(answer))
             else:
                 worker.receiver.unreachable(route, self.now)
-        for source, peer in list(self._connections):
-            if source is worker and peer not in worker.sender.links:
-                self._connections.pop((source, peer)).is_open = False
-        for peer in list(worker.sender.links):
-            connection = self._connections.get((worker, peer))
-            if connection is None:
+        for peer in connections.keys() - links.keys():
+            connections.pop(peer).is_open = False
+        for peer, link in links.items():
+            if peer not in connections:
                 self._connect(worker, peer)
-                continue
-            while (shipment := worker.sender.next_shipment(peer, self.now)) is not None:
-                self._ship(connection, shipment)
+            elif link.ring:
+                while (shipment := worker.sender.next_shipment(peer, self.now)) is not None:
+                    self._ship(connections[peer], shipment)
+
+    def connections(self) -> list[Connection]:
+        return [c for of_one in self._connections.values() for c in of_one.values()]
 
     def _connect(self, worker: SimulatedWorker, peer: Peer) -> None:
         if (worker, peer) in self._connecting:
@@ -267,14 +291,14 @@ class Simulation:
         def attempt() -> None:
             self._connecting.discard((worker, peer))
             target = self.workers[peer.address]
-            if peer not in worker.sender.links or (worker, peer) in self._connections:
+            if peer not in worker.sender.links or peer in self._connections[worker]:
                 return
             if not target.alive:
                 self._connect(worker, peer)
                 return
             route = self.random.randbytes(5)
             connection = Connection(worker, target, peer, route)
-            self._routes[route] = self._connections[worker, peer] = connection
+            self._routes[route] = self._connections[worker][peer] = connection
             worker.sender.connected(peer, self.now)
 
         self.on(worker, self.random.uniform(0.01, 0.2), attempt)
@@ -284,6 +308,8 @@ class Simulation:
     ) -> None:
         """Bring a message over, with the faults of the network."""
         faults, random = self.faults, self.random
+        if self.now < connection.deaf_until.get(lane, 0.0):
+            return
         if random.random() < (faults.data_drop if lane == "data" else faults.drop):
             return
         for _ in range(2 if random.random() < faults.duplicate else 1):
@@ -321,11 +347,23 @@ class Simulation:
         self._deliver(connection, "answer", source, read)
 
     def _ship(self, connection: Connection, shipment: Shipment) -> None:
-        pool, target = connection.source.pool, connection.target
-        header = protocol.encode(shipment.header)
-        payload = b"".join(bytes(pool.run(block, count)) for block, count in shipment.runs)
-        if self.random.random() < self.faults.corrupt:
+        source, target = connection.source, connection.target
+        blocks = [b for start, count in shipment.runs for b in range(start, start + count)]
+        header, payload = protocol.encode(shipment.header), source.read(blocks)
+        offered = [source.generations[block] for block in blocks]
+        damaged = self.random.random() < self.faults.corrupt
+        if damaged:
             header, payload = self._damage(header, payload)
+
+        def bytes_now() -> list[bytes | None]:
+            """The blocks as whoever copies them finds them; None: not what was offered."""
+            if self.way == "shared" and not damaged:
+                pairs = zip(blocks, offered, strict=True)
+                return [source.read([b]) if source.generations[b] == g else None for b, g in pairs]
+            if self.way == "lazy" and not damaged and source.alive and not source.paused:
+                live = source.sender.is_live(shipment.header.transfer)
+                return split(source.read(blocks) if live else bytes(len(payload)))
+            return split(payload)
 
         def read() -> None:
             try:
@@ -337,7 +375,7 @@ class Simulation:
                 return
 
             def copied() -> None:
-                digests = target.write(landing, payload)
+                digests = target.write(landing, bytes_now())
                 target.receiver.landed(landing, digests, self.now)
 
             # Some transports copy at once, others take their time.
@@ -362,27 +400,34 @@ class Simulation:
                 self.start_transfer()
             self.misfortune()
             self.run_until(self.now + 0.1)
+            self.check_patience()
         self.heal()
-        self.run_until(self.now + HEAL_S)
-        for worker in self.workers.values():
-            worker.check_idle()
-        self.check_delivered()
+        self.settle()
         before = len(self.all_arrived())
         requests = self.requests
-        for _ in range(6):
+        for _ in range(CALM):
             self.start_transfer()
-            self.run_until(self.now + 2.0)
-        self.run_until(self.now + HEAL_S / 2)
-        for worker in self.workers.values():
-            worker.check_idle()
-        self.check_delivered()
-        assert len(self.all_arrived()) == before + 6, "a transfer failed without a fault"
+            self.run_until(self.now + 1.2)
+        self.settle()
+        assert len(self.all_arrived()) == before + CALM, "a transfer failed without a fault"
         for number in range(requests + 1, self.requests + 1):
             key = Key(number, 1)
             assert any(life.ended.get(key) == "delivered" for life in self.lives), key
 
+    def settle(self) -> None:
+        """Let everything come to its end; it must do so in time, and stay so."""
+        limit = self.now + HEAL_S
+        while not all(w.alive and w.is_idle for w in self.workers.values()) and self.now < limit:
+            self.run_until(self.now + 0.5)
+        self.run_until(self.now + 0.5)
+        for worker in self.workers.values():
+            worker.check_idle()
+        self.check_delivered()
+
     def heal(self) -> None:
         self.faults = Faults()
+        for connection in self.connections():
+            connection.deaf_until.clear()
         for worker in list(self.workers.values()):
             worker.calm = True
             if worker.paused:
@@ -390,6 +435,28 @@ class Simulation:
 
     def all_arrived(self) -> set[Key]:
         return {key for life in self.lives for key in life.arrived}
+
+    def check_patience(self) -> None:
+        """Nobody holds blocks for a peer that has been silent for longer than a lease, or a stall,
+        and the time in which its last messages came in."""
+        silent = {(w.id, w.epoch): w.silent_since for w in self.lives if w.silent_since is not None}
+        for worker in self.workers.values():
+            if worker.silent_since is not None:
+                continue
+            for peer, link in worker.sender.links.items():
+                since = max(silent.get((peer.id, peer.epoch), self.now), worker.active_since)
+                held = [transfer.key for transfer in link.transfers.values() if transfer.round]
+                overdue = self.now - since > TIMERS.lease_s + LATE_S
+                assert not (held and overdue), f"{worker.id} keeps {held} for {peer.id}"
+            for transfer in worker.receiver._transfers.values():
+                source = transfer.source.peer
+                since = max(
+                    silent.get((source.id, source.epoch), self.now),
+                    worker.active_since,
+                    transfer.moved_at,
+                )
+                overdue = self.now - since > TIMERS.stall_s + LATE_S
+                assert not overdue, f"{worker.id} waits for {transfer.key} of {source.id}"
 
     def check_delivered(self) -> None:
         """Whoever was told of success told the truth."""
@@ -404,9 +471,16 @@ def simulate(seed: int) -> Simulation:
     try:
         simulation.run()
     except Exception as error:
-        error.add_note(f"seed {seed}, {simulation.faults}, at {simulation.now:.3f} s")
+        error.add_note(
+            f"{simulation.way}, {simulation.faults}, at {simulation.now:.3f} s; replay it:\n"
+            f"    python -m tests.kvtransfer.simulation --start {seed} --seeds 1"
+        )
         raise
     return simulation
+
+
+def split(data: bytes) -> list[bytes | None]:
+    return [data[i : i + BLOCK_BYTES] for i in range(0, len(data), BLOCK_BYTES)]
 
 
 def main() -> None:
