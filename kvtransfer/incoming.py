@@ -83,6 +83,8 @@ class Source:
     steps: int = -1
     step_s: float = 0.0
     stepped_at: float = float("-inf")
+    moved_at: float = float("-inf")
+    """When a block of any transfer landed last: the path works, slow is no stall."""
     renewal: int = 0
     renewed_at: float = float("-inf")
     transfers: dict[int, Incoming] = field(default_factory=dict)

@@ -282,7 +282,7 @@ class Receiver:
             self._stats.blocks_received += 1
             self._stats.bytes_received += self._block_bytes
         if fresh:
-            transfer.moved_at = now
+            transfer.moved_at = transfer.source.moved_at = now
         if transfer.state is State.ENDING:
             if not transfer.writing:
                 self._give_back(transfer)
@@ -313,9 +313,10 @@ class Receiver:
         stall_s = self._timers.stall_s
         if transfer.state is State.GRANTED:
             patience_s = max(stall_s, 3 * source.step_s)
-            if now - max(transfer.moved_at, source.stepped_at) > patience_s:
+            moved_at = max(transfer.moved_at, source.moved_at)
+            if now - max(moved_at, source.stepped_at) > patience_s:
                 self._end(transfer, "stalled", "stalled", now)
-            elif transfer.first is not None and now - transfer.moved_at > patience_s:
+            elif transfer.first is not None and now - moved_at > patience_s:
                 self._end(transfer, "incomplete", "incomplete", now)
         elif now - transfer.begun_at > stall_s:
             self._end(transfer, "stalled", "stalled", now)

@@ -1,6 +1,7 @@
 """A transfer endpoint with faults in its data path: a proxy before its address (tcp, zmq), or a
 hook between header and copy (shm, where no proxy fits)."""
 
+import asyncio
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -37,9 +38,11 @@ class FaultyEndpoint(Endpoint):
         super().__init__(identity, memory, inbox, timers, "127.0.0.1", spec.transport)
         self._spec = spec
         self._proxy: Proxy | None = None
+        self._harmed = False
         self._injected: Counter[str] = Counter()
 
     async def start(self) -> None:
+        self.loop = asyncio.get_running_loop()
         await super().start()
         spec = self._spec
         if spec.transport == "shm":
@@ -51,11 +54,19 @@ class FaultyEndpoint(Endpoint):
             addresses = self._receiver.data
             self._proxy = Proxy(addresses[spec.transport], seed=self._sender.identity.epoch)
             self._proxy.flip = spec.flip
-            for name, value in spec.network.items():
-                assert hasattr(self._proxy, name), name
-                setattr(self._proxy, name, type(getattr(self._proxy, name))(value))
             await self._proxy.start()
             self._receiver.data = {spec.transport: self._proxy.address}
+
+    def toggle(self) -> None:
+        """Begin the faults of `spec.network`, or end them. In the loop."""
+        assert self._proxy is not None
+        self._harmed = not self._harmed
+        for name, value in self._spec.network.items():
+            plain = getattr(self._proxy, name)
+            if not callable(plain):
+                setattr(self._proxy, name, type(plain)(value if self._harmed else 0))
+            elif self._harmed:
+                plain()
 
     async def close(self) -> None:
         if self._proxy is not None:

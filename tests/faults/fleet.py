@@ -91,6 +91,8 @@ class Fleet:
         self.errors: list[str] = []
         """What must never happen, as it was seen."""
         self.counts: Counter[str] = Counter()
+        self.resumes = True
+        """Whether what failed is withdrawn and placed anew, as a router does."""
         self._redis = redis
         self._transport = transport
         self._by_name: dict[str, Life] = {}
@@ -237,6 +239,9 @@ class Fleet:
         """The present attempt failed."""
         request.failures.append(reason)
         self.counts[f"failed {reason.partition(':')[0]}"] += 1
+        if not self.resumes:
+            self.end(request, "failed")
+            return
         self.withdraw(request)
         self.place(request)
 

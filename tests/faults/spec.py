@@ -46,7 +46,8 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True):
     """Probability that a bit of a block is flipped on the way to this worker (shm: of each block;
     else of each piece that the proxy reads)."""
     network: dict[str, float] = {}
-    """Faults of the proxy before this worker's data address, by the names of its attributes."""
+    """Faults of the proxy before this worker's data address, by the names of its attributes and
+    methods. SIGUSR2 begins them, and ends them again."""
 
 
 class Born(msgspec.Struct, frozen=True, tag="born"):

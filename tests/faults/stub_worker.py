@@ -101,6 +101,11 @@ def run(spec: Spec) -> int:
         death = SuddenDeath(spec.die_at, spec.die_after, lambda step: say(Dying(spec.name, step)))
         death.watch(endpoint, engine.runner)
         signal.signal(signal.SIGUSR1, lambda number, frame: death.arm())
+    if spec.network:
+        signal.signal(
+            signal.SIGUSR2,
+            lambda number, frame: endpoint.loop.call_soon_threadsafe(endpoint.toggle),
+        )
     host = Host(config, info, endpoint, inbox, engine.metrics)
 
     def drain(number: int, frame: FrameType | None) -> None:

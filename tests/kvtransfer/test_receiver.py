@@ -4,7 +4,7 @@ from random import Random
 
 from common.config import TimerConfig
 from kvtransfer import protocol as p
-from kvtransfer.commands import Grant, Key
+from kvtransfer.commands import Grant, Key, Slot
 from kvtransfer.receiver import Receiver
 from kvtransfer.stats import TransferStats
 from kvtransfer.timers import Timers
@@ -61,3 +61,36 @@ def test_only_transports_of_both_sides_are_told() -> None:
     receiver.message(b"1", identity("p1", 1).hello("address", ("tcp", "zmq")), 0.0)
     refused = p.Refused("transport", "tcp, zmq of the sender, shm here")
     assert list(receiver.outbox) == [(b"1", refused)]
+
+
+def test_slow_is_no_stall() -> None:
+    """A transfer waits behind the blocks of another one of the same sender, for as long as those
+    land; the sender's engine has nothing to do meanwhile, and makes no step."""
+    receiver = make("tcp")
+    greet(receiver, 1)
+    for number in (2, 3):
+        begin = p.Begin(
+            key=Key(number, 1),
+            transfer=number,
+            source_epoch=1,
+            destination_epoch=1,
+            num_tokens=4 * BLOCK_SIZE,
+            round=0,
+        )
+        receiver.message(b"1", begin, 0.0)
+        slots = tuple(Slot(position, 4 * number + position, 1) for position in range(4))
+        receiver.command(Grant(Key(number, 1), slots), 0.0)
+    ticket = next(m for _, m in receiver.outbox if isinstance(m, p.Ticket) and m.transfer == 2)
+    now = 0.0
+    for position, slot, generation in ticket.slots:
+        now += 0.8 * TIMERS.stall_s
+        block = p.DataBlock(position, slot, generation, BLOCK_SIZE, 5)
+        header = p.DataHeader(2, ticket.secret, 1, 1, (block,))
+        landing = receiver.accept(header, 64, now)
+        assert landing is not None
+        receiver.landed(landing, [5], now)
+        receiver.tick(now)
+    receiver.tick(now + 0.9 * TIMERS.stall_s)
+    assert receiver.num_live == 3
+    receiver.tick(now + 1.1 * TIMERS.stall_s)
+    assert receiver.num_live == 0
