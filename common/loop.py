@@ -27,7 +27,10 @@ LONGER = 2.0
 FORGET = 0.98
 """Of the time of the longest step, what is left after another one."""
 QUIET_S = 1.0
-"""Idle for this long, a worker checks its books; the check takes time on a large pool."""
+"""Idle for this long, a worker checks its books; the check takes time on a large pool.
+
+It never sleeps for longer: the handler of a signal that came right before it fell asleep, or to
+another thread, runs only when this thread wakes up."""
 
 
 def run(engine: Engine, inbox: "SimpleQueue[object]", carrier: Carrier) -> None:
@@ -57,19 +60,17 @@ def run(engine: Engine, inbox: "SimpleQueue[object]", carrier: Carrier) -> None:
             engine.settle(batch, results)
             continue
         deadline = engine.deadline()
-        timeout = None if deadline is None else max(0.0, deadline - monotonic())
-        if checked:
-            take_all(engine, inbox, timeout)
-        elif not take_all(engine, inbox, QUIET_S if timeout is None else min(QUIET_S, timeout)):
+        wait_s = QUIET_S if deadline is None else min(QUIET_S, max(0.0, deadline - monotonic()))
+        if not take_all(engine, inbox, wait_s) and not checked:
             engine.blocks.check()
             checked = True
     carrier.status = engine.status(busy=False)
     carrier.post(engine.flush())
 
 
-def take_all(engine: Engine, inbox: "SimpleQueue[object]", timeout: float | None) -> bool:
+def take_all(engine: Engine, inbox: "SimpleQueue[object]", timeout: float) -> bool:
     """Hand every event of the inbox to the engine, after waiting for the first one at most
-    `timeout` seconds (None: for ever). False if none came."""
+    `timeout` seconds. False if none came."""
     taken = False
     try:
         event = inbox.get(timeout != 0.0, timeout)

@@ -1,5 +1,6 @@
 """The engine loop: what is posted when, when it sleeps and when it ends."""
 
+import signal
 import threading
 from queue import SimpleQueue
 
@@ -77,6 +78,25 @@ def test_it_sleeps_until_something_comes() -> None:
     inbox.put(Drain(30.0))
     thread.join(timeout=5.0)
     assert not thread.is_alive()
+    assert carrier.posts == [[Draining()]]
+
+
+def test_a_signal_that_does_not_wake_it_up_is_handled() -> None:
+    """The kernel may deliver it to another thread, or just before this one falls asleep."""
+    inbox: SimpleQueue[object] = SimpleQueue()
+    carrier = Recorder(inbox, [])
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: inbox.put(Drain(30.0)))
+
+    def strike() -> None:
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+
+    timer = threading.Timer(0.3, strike)  # when the loop sleeps
+    timer.start()
+    try:
+        run(DecodeEngine(*stub_parts(8, "decode")), inbox, carrier)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+        timer.join()
     assert carrier.posts == [[Draining()]]
 
 

@@ -43,6 +43,7 @@ from tests.stub import stub_token
 
 MAX_ATTEMPTS = 40
 START_S = 30.0
+LEAVE_S = 15.0
 
 
 @dataclass(eq=False)
@@ -375,7 +376,13 @@ class Fleet:
         """End every worker as an operator would: each must end by itself, with code 0."""
         for life in self.present:
             self.signal(life, signal.SIGTERM)
-        await self.until(lambda: not self.present)
+        try:
+            await self.until(lambda: not self.present, LEAVE_S)
+        except AssertionError:
+            for life in self.present:
+                self.signal(life, signal.SIGABRT)  # it writes where its threads are
+            await self.until(lambda: not self.present)
+            raise AssertionError(f"I5: did not end\n{self.story()}") from None
 
     async def close(self) -> None:
         assert self._nursery.stdin is not None

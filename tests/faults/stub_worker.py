@@ -5,6 +5,7 @@ it, which the stub checks whenever it draws one (`tests.stub`): a block that is 
 another request ends the worker with an AssertionError.
 """
 
+import faulthandler
 import os
 import signal
 import time
@@ -77,6 +78,7 @@ def run(spec: Spec) -> int:
         stall_s=timers.stall_s,
         drain_s=timers.drain_s,
     )
+    faulthandler.enable()
     log.setup(config, spec.role, spec.name)
     layout = KvLayout(
         num_layers=1, num_kv_heads=1, head_dim=4, block_size=spec.block_size, dtype="float32"

@@ -11,12 +11,10 @@ import msgspec
 import pytest
 
 from common.messages import Admit
-from tests.faults.fleet import Fleet, Life, fleet
+from tests.faults.fleet import Fleet, Life, fleet, peer_of
 from tests.faults.invariants import HELD_S, SLACK_S, VERDICT_S, Baseline, check, nothing_held
 from tests.faults.spec import TIMERS
 from tests.faults.volume import Volume
-
-NETWORK = pytest.mark.parametrize("way", ["tcp", "zmq"])
 
 
 @asynccontextmanager
@@ -47,7 +45,15 @@ async def injected(workers: Fleet, life: Life, name: str, at_least: float) -> fl
 # ------------------------------------------------------------ F3, F4: nobody tells the survivor
 
 
-@pytest.mark.parametrize("step", ["begin.after", "grant.after", "land.before", "arrive.after"])
+@pytest.mark.parametrize(
+    ("way", "step"),
+    [
+        ("shm", "begin.after"),
+        ("tcp", "grant.after"),
+        ("zmq", "land.before"),
+        ("tcp", "arrive.after"),
+    ],
+)
 async def test_killed_decode_worker_frees_the_prefill_worker(way: str, step: str) -> None:
     """F4: the router says nothing; P's blocks come back by themselves."""
     async with fleet(way) as workers:
@@ -62,7 +68,15 @@ async def test_killed_decode_worker_frees_the_prefill_worker(way: str, step: str
         await check(workers, {"kills": (victim.code == -signal.SIGKILL, 1)})
 
 
-@pytest.mark.parametrize("step", ["offer.before", "ticket.after", "ship.after", "close.before"])
+@pytest.mark.parametrize(
+    ("way", "step"),
+    [
+        ("tcp", "offer.before"),
+        ("zmq", "ticket.after"),
+        ("shm", "ship.after"),
+        ("tcp", "close.before"),
+    ],
+)
 async def test_killed_prefill_worker_frees_the_decode_worker(way: str, step: str) -> None:
     """F3: D never decodes on part of the KV, and lets go in time."""
     async with fleet(way) as workers:
@@ -81,9 +95,9 @@ async def test_killed_prefill_worker_frees_the_decode_worker(way: str, step: str
 # ------------------------------------------------------------ F7
 
 
-async def test_refused_by_the_decode_worker(way: str) -> None:
+async def test_refused_by_the_decode_worker() -> None:
     """F7: D does not admit it (too long for its pool); P is told, and frees its blocks."""
-    async with fleet(way) as workers:
+    async with fleet("tcp") as workers:
         await workers.birth("prefill")
         await workers.birth("decode", num_blocks=8)
         workers.resumes = False
@@ -102,7 +116,7 @@ def state(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
 
 
-@pytest.mark.parametrize("role", ["prefill", "decode"])
+@pytest.mark.parametrize(("way", "role"), [("shm", "prefill"), ("zmq", "decode")])
 async def test_stopped_worker_that_wakes_up_is_fenced(way: str, role: str, volume: Volume) -> None:
     """F8: 10 s in a full run; longer than the lease in any."""
     stopped_s = max(10.0 * (volume.name != "small"), TIMERS.lease_s + 3 * TIMERS.heartbeat_s)
@@ -111,8 +125,7 @@ async def test_stopped_worker_that_wakes_up_is_fenced(way: str, role: str, volum
             await workers.birth("prefill", step_s=0.001)
             await workers.birth("decode", step_s=0.001)
         victim = workers.ups(role)[0]
-        assert victim.info is not None
-        epoch = victim.info.epoch
+        epoch = peer_of(victim).epoch
         async with clients(workers):
             await workers.until(lambda: workers.counts["length"] > 20)
             workers.signal(victim, signal.SIGSTOP)
@@ -122,7 +135,7 @@ async def test_stopped_worker_that_wakes_up_is_fenced(way: str, role: str, volum
             await asyncio.sleep(stopped_at + stopped_s - time.monotonic())
             before = workers.counts["length"]
             workers.signal(victim, signal.SIGCONT)
-            await workers.until(lambda: victim.up and victim.info.epoch != epoch)
+            await workers.until(lambda: victim.up and peer_of(victim).epoch != epoch)
             await workers.until(lambda: workers.counts["length"] > before + 30)
         resets = (await workers.counters(victim))["resets"]
         await check(workers, {"stops": (resets, 1)})
@@ -131,7 +144,7 @@ async def test_stopped_worker_that_wakes_up_is_fenced(way: str, role: str, volum
 # ------------------------------------------------------------ F9, F10, F12: the network
 
 
-@NETWORK
+@pytest.mark.parametrize("way", ["tcp", "zmq"])
 async def test_black_hole(way: str) -> None:
     """F9: sockets stay open and nothing passes; a verdict within S + 1 s, and service after it."""
     async with fleet(way) as workers:
@@ -149,7 +162,7 @@ async def test_black_hole(way: str) -> None:
         await check(workers, {"swallowed": (swallowed, 1)})
 
 
-@NETWORK
+@pytest.mark.parametrize("way", ["tcp", "zmq"])
 async def test_slow_but_moving(way: str) -> None:
     """F9: each transfer takes longer than S, and one block of each comes more seldom than S."""
     async with fleet(way) as workers:
@@ -170,7 +183,7 @@ async def test_slow_but_moving(way: str) -> None:
         await check(workers, {"throttled": (throttled, 8), "seconds": (took_s, TIMERS.stall_s)})
 
 
-@NETWORK
+@pytest.mark.parametrize("way", ["tcp", "zmq"])
 @pytest.mark.parametrize(
     ("network", "name", "most"),
     [
@@ -205,9 +218,9 @@ async def test_connections(way: str, network: dict[str, float], name: str, most:
 
 
 @pytest.mark.parametrize("changes", [{"content_id": "other"}, {"block_size": 32}])
-async def test_workers_that_do_not_match(way: str, changes: dict[str, object]) -> None:
+async def test_workers_that_do_not_match(changes: dict[str, object]) -> None:
     """F16, F23: another model or layout is refused at the first word, with the reason."""
-    async with fleet(way) as workers:
+    async with fleet("tcp") as workers:
         await workers.birth("prefill")
         decode = await workers.birth("decode", **changes)
         workers.resumes = False
@@ -222,9 +235,9 @@ async def test_workers_that_do_not_match(way: str, changes: dict[str, object]) -
         await check(workers, {"refusals": (refused, 1)})
 
 
-async def test_the_same_attempt_twice(way: str) -> None:
+async def test_the_same_attempt_twice() -> None:
     """F26: a doubled placement, and another request under an ended number, change nothing."""
-    async with fleet(way) as workers:
+    async with fleet("tcp") as workers:
         prefill = await workers.birth("prefill")
         decode = await workers.birth("decode")
         sent: list[tuple[str, object]] = []
@@ -235,7 +248,7 @@ async def test_the_same_attempt_twice(way: str) -> None:
                 send(worker_id, message)  # type: ignore[arg-type]
             sent.append((worker_id, message))
 
-        workers._link.send = twice  # type: ignore[method-assign,assignment]
+        workers._link.send = twice  # type: ignore[method-assign]
         await workers.serve(20)
         for worker_id, message in sent:
             if isinstance(message, Admit):
