@@ -17,7 +17,7 @@ TESTS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install serve test lint format types check compare bench-quick clean
+.PHONY: install serve test chaos soak lint format types check compare bench-quick clean
 
 install: $(INSTALLED)
 
@@ -36,6 +36,15 @@ serve: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(TESTS)
+
+# The fault suites in full, under an hour on two cores, and for hours; `make test` has a fiftieth.
+FAULTS = $(BIN)/python -m pytest -o timeout=0 tests/faults tests/kvtransfer/test_simulation.py
+
+chaos: $(INSTALLED)
+	$(FAULTS) --faults full $(TESTS)
+
+soak: $(INSTALLED)
+	$(FAULTS) --faults soak $(TESTS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,7 +1,6 @@
 """Clients that leave at random moments (F5, F6, F20), in pools too small for all requests."""
 
 import asyncio
-import time
 
 from tests.faults.fleet import Fleet, Request, fleet
 from tests.faults.invariants import SLACK_S, Baseline, check, nothing_held
@@ -63,11 +62,11 @@ async def test_abort_storm(way: str) -> None:
         await asyncio.gather(*(workers.finished(request) for request in kept))
         assert await nothing_held(workers, SLACK_S) <= SLACK_S
         after = await rate(workers, 40)
-        assert after > before / 3, f"{after:.0f} requests/s after, {before:.0f} before"
+        assert after > before / 5, f"{after:.0f} requests/s after, {before:.0f} before"
         await check(workers, {"left": (left, 30)})
 
 
 async def rate(workers: Fleet, count: int) -> float:
-    start = time.monotonic()
+    start = workers.clock_s
     await workers.serve(count)
-    return count / (time.monotonic() - start)
+    return count / (workers.clock_s - start)
