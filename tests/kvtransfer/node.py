@@ -17,6 +17,8 @@ FIRST = (First(0, 17, None),)
 TRANSPORT = "auto"
 """Of a node that is not given one; the fixture `transport` sets it."""
 TIMERS = TimerConfig(heartbeat_s=0.3, dead_after=4, lease_s=2.0, stall_s=1.0)
+PATIENT = TimerConfig(heartbeat_s=1.0, dead_after=10, lease_s=15.0, stall_s=10.0)
+"""For tests in which nothing may be given up, however busy the machine is."""
 
 
 class EventQueue:

@@ -23,7 +23,7 @@ from kvtransfer.commands import (
     Wait,
     Wanted,
 )
-from tests.kvtransfer.node import FIRST, TIMERS, Node, running
+from tests.kvtransfer.node import FIRST, PATIENT, TIMERS, Node, running
 from tests.kvtransfer.pool import BLOCK_SIZE, LAYOUT
 
 KEY = Key(7, 1)
@@ -180,8 +180,8 @@ async def test_revoke_by_the_receiver() -> None:
 
 async def test_many_transfers_share_the_window_in_turns() -> None:
     block_bytes = 1 << 20
-    p = Node("p", 1, num_blocks=48, block_bytes=block_bytes)
-    d = Node("d", 2, num_blocks=48, block_bytes=block_bytes)
+    p = Node("p", 1, num_blocks=48, block_bytes=block_bytes, timers=PATIENT)
+    d = Node("d", 2, num_blocks=48, block_bytes=block_bytes, timers=PATIENT)
     async with running(p, d):
         keys = [Key(i, 1) for i in range(4)]
         for i, key in enumerate(keys):
@@ -212,7 +212,7 @@ async def test_scattered_blocks_of_one_message() -> None:
 
 
 async def test_both_directions_at_once() -> None:
-    a, b = Node("a", 1), Node("b", 2)
+    a, b = Node("a", 1, timers=PATIENT), Node("b", 2, timers=PATIENT)
     async with running(a, b):
         content = a.pool.fill(0, "from a"), b.pool.fill(1, "from b")
         for source, target, key in ((a, b, Key(1, 1)), (b, a, Key(2, 1))):
