@@ -159,6 +159,12 @@ class HttpConfig(ExposureConfig):
     port: int = flag(8000, "port of the router's HTTP server; 0: any free one")
     served_model_name: str | None = flag(None, "name in the API; none: the --model value")
     api_key: str | None = flag(None, "key that clients must send as a Bearer token", secret=True)
+    api_keys: str | None = flag(
+        None, "file with hashed keys of tenants, a line `TENANT SHA256` each; read anew on change"
+    )
+    allowed_origins: str | None = flag(
+        None, "origins whose pages may use the API from a browser, with commas between; * for all"
+    )
     chat_template: str | None = flag(None, "file with a chat template in place of the model's own")
     tool_call_parser: str | None = flag(
         None, "how the model writes calls of tools; none: as its chat template shows",
@@ -169,7 +175,8 @@ class HttpConfig(ExposureConfig):
     def __post_init__(self) -> None:
         if self.api_key is not None and self.api_key.strip() != (self.api_key or " "):
             raise ConfigError("--api-key must not be empty, nor begin or end with a blank")
-        if not is_loopback(self.host) and self.api_key is None and not self.insecure:
+        has_keys = self.api_key is not None or self.api_keys is not None
+        if not is_loopback(self.host) and not has_keys and not self.insecure:
             raise ConfigError(
                 f"--host {self.host} can be reached by other machines: set --api-key, or serve "
                 "everybody with --insecure"

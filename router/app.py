@@ -8,13 +8,14 @@ import asyncio
 import importlib.metadata
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 from uuid import uuid4
 
 import msgspec
 from fastapi import Depends, FastAPI
 from fastapi import Request as HttpRequest
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -23,9 +24,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from common.errors import RequestError
 from router import debug, errors
 from router import metrics as metrics_text
-from router.auth import authorizer
+from router.auth import authorizer, tenant_of
 from router.connection import abort
 from router.intake import Intake, unknown_model
+from router.keys import Keys
 from router.metrics import RouterMetrics
 from router.reply import Reply
 from router.schemas import ChatBody, CompletionBody, parse
@@ -49,7 +51,9 @@ class Parts:
     metrics: RouterMetrics
     model: str
     """The served model's name."""
-    api_key: str | None = None
+    keys: Keys = field(default_factory=Keys)
+    allowed_origins: tuple[str, ...] = ()
+    """Web pages that browsers let read answers (CORS); `*`: all."""
     max_body_bytes: int = MAX_BODY_BYTES
 
 
@@ -59,7 +63,7 @@ def create_app(parts: Parts) -> FastAPI:
     parts.metrics.vllm.serve(parts.model)
     app = FastAPI(
         title="Tandem",
-        dependencies=[Depends(authorizer(parts.api_key))],
+        dependencies=[Depends(authorizer(parts.keys))],
         # These would be routes without the dependency.
         openapi_url=None,
         docs_url=None,
@@ -69,18 +73,27 @@ def create_app(parts: Parts) -> FastAPI:
     app.add_exception_handler(HTTPException, errors.on_http_error)
     app.add_exception_handler(ClientDisconnect, errors.on_client_gone)
     app.add_exception_handler(Exception, errors.on_bug)
+    if parts.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(parts.allowed_origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+        )
     app.add_middleware(Label, metrics=parts.metrics)
 
     @app.post("/v1/completions")
     async def completions(request: HttpRequest) -> Response:
         data = await read_json(request, parts.max_body_bytes)
-        call = await intake.completion(parse(CompletionBody, data), label_of(request))
+        call = await intake.completion(
+            parse(CompletionBody, data), label_of(request), tenant_of(request)
+        )
         return Reply(call, service)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: HttpRequest) -> Response:
         data = await read_json(request, parts.max_body_bytes)
-        call = await intake.chat(parse(ChatBody, data), label_of(request))
+        call = await intake.chat(parse(ChatBody, data), label_of(request), tenant_of(request))
         return Reply(call, service)
 
     @app.post("/tokenize")

@@ -4,7 +4,6 @@ Routes in `OPEN` need nothing. `/debug` is for this machine or for holders of th
 needs the key, if one is configured. The decision uses the path that was routed, never a header.
 """
 
-import hmac
 import ipaddress
 from collections.abc import Awaitable, Callable
 from typing import Final
@@ -12,27 +11,30 @@ from typing import Final
 from fastapi import Request as HttpRequest
 
 from common.errors import RequestError
+from router.keys import Keys
 
 OPEN: Final = frozenset({"/health", "/ping", "/version"})
 DEBUG: Final = "/debug/"
 
 
-def authorizer(api_key: str | None) -> Callable[[HttpRequest], Awaitable[None]]:
-    """The dependency for an application with this key (None: no key is asked for)."""
+def authorizer(keys: Keys) -> Callable[[HttpRequest], Awaitable[None]]:
+    """The dependency for an application with these keys. It leaves the tenant in the scope."""
 
     async def authorize(request: HttpRequest) -> None:
         """Raises RequestError: 401 without a valid key, 403 for /debug from elsewhere."""
         path = request.scope["path"]
         if path in OPEN:
             return
-        if api_key is not None and _holds(request, api_key):
+        tenant = _tenant(request, keys) if keys.are_asked_for else None
+        if tenant is not None:
+            request.scope["tenant"] = tenant
             return
         if path.startswith(DEBUG):
             if _is_local(request):
                 return
             message = "Debug information is for this machine or with the API key."
             raise RequestError(403, message, kind="permission_error", code="forbidden")
-        if api_key is not None:
+        if keys.are_asked_for:
             raise RequestError(
                 401,
                 "Incorrect or missing API key: send it as 'Authorization: Bearer KEY'.",
@@ -43,13 +45,16 @@ def authorizer(api_key: str | None) -> Callable[[HttpRequest], Awaitable[None]]:
     return authorize
 
 
-def _holds(request: HttpRequest, api_key: str) -> bool:
+def tenant_of(request: HttpRequest) -> str:
+    """Whose request this is; empty: of no tenant."""
+    return str(request.scope.get("tenant", ""))
+
+
+def _tenant(request: HttpRequest, keys: Keys) -> str | None:
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer":
-        return False
     # Header bytes arrive decoded as Latin-1, whatever the key is made of.
     given = token.strip().encode("latin-1")
-    return bool(given) and hmac.compare_digest(given, api_key.encode())
+    return keys.tenant(given) if scheme.lower() == "bearer" and given else None
 
 
 def _is_local(request: HttpRequest) -> bool:

@@ -70,7 +70,7 @@ class Intake:
         self._model = model
         self._service = service
 
-    async def completion(self, body: CompletionBody, label: str) -> Call:
+    async def completion(self, body: CompletionBody, label: str, tenant: str = "") -> Call:
         """Raises RequestError."""
         self._check_model(body.model)
         _check_best_of(body)
@@ -94,7 +94,7 @@ class Intake:
             logprobs=0 if body.logprobs is None and best_of > (body.n or 1) else params.logprobs,
         )
         rule = _rule(body)
-        requests, events = self._requests(body, prompts, params, label, best_of, rule)
+        requests, events = self._requests(body, prompts, params, label, best_of, rule, tenant)
         for request in requests:
             request.silent = max_tokens == 0
         echo = [self._text(prompt) for prompt in prompts] if body.echo else []
@@ -102,7 +102,7 @@ class Intake:
         answer = CompletionAnswer(self._model, self._token_text, requests, options, echo)
         return Call(requests, events, answer, bool(body.stream))
 
-    async def chat(self, body: ChatBody, label: str) -> Call:
+    async def chat(self, body: ChatBody, label: str, tenant: str = "") -> Call:
         """Raises RequestError."""
         self._check_model(body.model)
         if body.top_logprobs is not None and not body.logprobs:
@@ -125,7 +125,7 @@ class Intake:
         )
         manner = self._manner(body, prompt, constrained=bool(grammar))
         rule = _rule(body, self._visible if manner.format != "none" else frozenset())
-        requests, events = self._requests(body, [prompt], params, label, body.n or 1, rule)
+        requests, events = self._requests(body, [prompt], params, label, body.n or 1, rule, tenant)
         options = _options(body, logprobs)
         answer = ChatAnswer(self._model, self._token_text, requests, options, manner)
         return Call(requests, events, answer, bool(body.stream))
@@ -167,6 +167,7 @@ class Intake:
         label: str,
         n: int,
         rule: TextRule,
+        tenant: str,
     ) -> tuple[list[Request], Backlog]:
         if n * len(prompts) > MAX_CHOICES:
             message = f"{len(prompts)} prompts with n = {n} are more than {MAX_CHOICES} choices."
@@ -179,7 +180,7 @@ class Intake:
                 prompt=prompt.tokens,
                 params=params if body.seed is not None else _reseeded(params),
                 rule=rule,
-                salt=body.cache_salt or "",
+                salt=_salt(body.cache_salt or "", tenant),
                 events=events,
                 first_choice=i * n,
                 choices=[Choice(number, rule, self._text_model) for number in range(n)],
@@ -193,6 +194,13 @@ def unknown_model(name: str) -> RequestError:
     return RequestError(
         404, f"The model '{name}' does not exist.", param="model", code="model_not_found"
     )
+
+
+def _salt(given: str, tenant: str) -> str:
+    """Separates what is cached for tenants, whatever they send. Raises RequestError (400)."""
+    if "\0" in given:
+        raise RequestError(400, "'cache_salt' holds a NUL character.", param="cache_salt")
+    return f"{tenant}\0{given}" if tenant else given
 
 
 def _rule(body: SamplingBody, visible: frozenset[int] = frozenset()) -> TextRule:

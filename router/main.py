@@ -25,6 +25,7 @@ from router.directory import Directory
 from router.dispatch import Patience
 from router.grammars import Grammars
 from router.intake import Intake
+from router.keys import Keys
 from router.membership import Membership, content_ids
 from router.metrics import RouterMetrics
 from router.server import Server, http_config, listen
@@ -83,7 +84,8 @@ async def _serve(
         intake=Intake(text_model, model, service, grammars, _tool_format(config)),
         metrics=metrics,
         model=model,
-        api_key=config.api_key,
+        keys=Keys(config.api_key, Path(config.api_keys) if config.api_keys else None),
+        allowed_origins=tuple(config.allowed_origins.split(",")) if config.allowed_origins else (),
     )
     server = Server(http_config(create_app(parts)))
     try:

@@ -22,6 +22,7 @@ from router.directory import Directory
 from router.dispatch import Patience
 from router.grammars import Grammars
 from router.intake import Intake
+from router.keys import Keys
 from router.membership import Membership
 from router.metrics import RouterMetrics
 from router.server import Server, http_config, listen
@@ -102,6 +103,8 @@ async def deployment(
     decode: int = 1,
     patience: Patience = PATIENCE,
     api_key: str | None = None,
+    api_keys: Path | None = None,
+    allowed_origins: tuple[str, ...] = (),
     max_model_len: int = 1024,
     num_blocks: int = 4096,
     max_body_bytes: int = 1 << 20,
@@ -127,7 +130,8 @@ async def deployment(
         intake=Intake(text_model, MODEL, service, grammars),
         metrics=metrics,
         model=MODEL,
-        api_key=api_key,
+        keys=Keys(api_key, api_keys),
+        allowed_origins=allowed_origins,
         max_body_bytes=max_body_bytes,
     )
     handoffs = Handoffs()

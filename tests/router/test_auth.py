@@ -15,6 +15,7 @@ from router.app import Parts, create_app
 from router.auth import OPEN
 from router.grammars import Grammars
 from router.intake import Intake
+from router.keys import Keys
 from router.metrics import RouterMetrics
 from router.service import Service
 from router.tokenizer import TextModel
@@ -37,7 +38,7 @@ def application(text_model: TextModel, api_key: str | None) -> FastAPI:
             intake=Intake(text_model, MODEL, typed, Grammars(Path("/nonexistent"))),
             metrics=RouterMetrics(),
             model=MODEL,
-            api_key=api_key,
+            keys=Keys(api_key),
         )
     )
 

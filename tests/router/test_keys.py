@@ -1,0 +1,75 @@
+"""Keys of tenants: hashed in a file, read anew when it changes; what they cache stays apart."""
+
+import os
+from hashlib import sha256
+from pathlib import Path
+
+import httpx
+import pytest
+
+from common.errors import ConfigError
+from common.messages import Prefill
+from router.keys import Keys, read
+from tests.router.conftest import Deploy
+
+
+def line(tenant: str, key: str) -> str:
+    return f"{tenant} {sha256(key.encode()).hexdigest()}\n"
+
+
+def test_a_file_of_keys(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "keys"
+    path.write_text("# ours\n\n" + line("red", "k1") + line("red", "k2") + line("blue", "k3"))
+    keys = Keys("main", path)
+    asked = [keys.tenant(key) for key in (b"k1", b"k2", b"k3", b"main", b"k4", b"")]
+    assert asked == ["red", "red", "blue", "", None, None]
+    path.write_text(line("green", "k4"))
+    os.utime(path, ns=(1, 1))
+    keys._next_look = 0.0
+    assert [keys.tenant(key) for key in (b"k1", b"k4", b"main")] == [None, "green", ""]
+    for bad in ("red secret\n", "red\n"):
+        path.write_text(bad)
+        keys._next_look = 0.0
+        assert keys.tenant(b"k4") == "green"
+        with pytest.raises(ConfigError, match="line 1 is not 'TENANT SHA256'"):
+            read(path)
+    path.unlink()
+    keys._next_look = 0.0
+    assert keys.tenant(b"k4") == "green"
+    assert "stay as they were" in caplog.text and "secret" not in caplog.text
+    with pytest.raises(ConfigError, match="cannot be read"):
+        Keys(None, path)
+
+
+async def test_tenants_do_not_share_a_cache(deploy: Deploy, tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text(line("red", "k1") + line("blue", "k2"))
+    async with deploy(api_keys=path) as served:
+        body = {"prompt": [3], "max_tokens": 1, "cache_salt": "s"}
+        for key, status in (("k1", 200), ("k2", 200), ("k3", 401)):
+            headers = {"authorization": f"Bearer {key}"}
+            response = await served.http.post("/v1/completions", json=body, headers=headers)
+            assert response.status_code == status
+        salts = [work.salt for work in served.prefills[0].received(Prefill)]
+        assert salts == ["red\0s", "blue\0s"]
+        forged = {**body, "cache_salt": "red\0s"}
+        headers = {"authorization": "Bearer k2"}
+        response = await served.http.post("/v1/completions", json=forged, headers=headers)
+        assert response.status_code == 400
+
+
+async def test_browsers(deploy: Deploy) -> None:
+    preflight = {"origin": "http://page", "access-control-request-method": "POST"}
+    async with deploy(api_key="k", allowed_origins=("http://page",)) as served:
+        async with httpx.AsyncClient(base_url=served.url) as http:
+            answer = await http.options("/v1/completions", headers=preflight)
+            assert answer.status_code == 200
+            assert answer.headers["access-control-allow-origin"] == "http://page"
+            assert "access-control-allow-credentials" not in answer.headers
+            other = await http.options(
+                "/v1/completions", headers={**preflight, "origin": "http://x"}
+            )
+            assert other.status_code == 400
+    async with deploy() as served:
+        answer = await served.http.options("/v1/completions", headers=preflight)
+        assert answer.status_code == 405
