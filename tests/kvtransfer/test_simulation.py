@@ -10,7 +10,7 @@ import pytest
 from kvtransfer.incoming import Incoming, Landing, Source
 from kvtransfer.outgoing import Outgoing
 from kvtransfer.outgoing_link import OutgoingLink
-from kvtransfer.protocol import DataBlock, Welcome
+from kvtransfer.protocol import DataBlock
 from kvtransfer.receiver import Receiver
 from kvtransfer.sender import Sender
 from kvtransfer.tombstones import Tombstones
@@ -73,13 +73,6 @@ def hasty(self: Receiver, transfer: Incoming, reason: str, nack: str, now: float
     end(self, transfer, reason, nack, now)
 
 
-def gullible(self: OutgoingLink, message: Welcome) -> str:
-    """Takes a new life of the receiver for the old one."""
-    self.connected = self.up = self.was_up = True
-    self.window, self.data = message.window, message.data
-    return ""
-
-
 def generous(self: Sender, link: OutgoingLink, transfer: Outgoing, now: float, tick: Any) -> None:
     """Renews its leases itself."""
     transfer.lease_until = now + 1000
@@ -101,7 +94,6 @@ def forgetful(self: Tombstones[Any, Any], key: object) -> None:
         (Incoming, "objection", any_slot),
         (Receiver, "landed", believing),
         (Receiver, "_end", hasty),
-        (OutgoingLink, "welcome", gullible),
         (Sender, "_tick_transfer", generous),
         (Receiver, "_tick_transfer", endless),
         (Tombstones, "get", forgetful),
