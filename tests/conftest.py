@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # Before torch is imported: a reference model's second thread only spins beside real workers.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before triton is imported, by whomever: its kernels are tested in its interpreter, on CPU tensors.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 MakeCheckpoint = Callable[..., Path]
 """`(architecture, **options of write_checkpoint) -> directory`."""

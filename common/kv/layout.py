@@ -4,11 +4,16 @@ A block of all layers is one contiguous slab, so that shipping a block gathers n
 and receiver compare `KvLayout.info()` when they meet.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from common.blockhash import UNIT
 from common.errors import ConfigError
-from common.messages import KvLayoutInfo
+
+if TYPE_CHECKING:
+    from common.messages import KvLayoutInfo
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -51,6 +56,9 @@ class KvLayout:
         return -(-num_tokens // self.block_size)
 
     def info(self) -> KvLayoutInfo:
+        # Here: a pool can be made and read where msgspec is not installed.
+        from common.messages import KvLayoutInfo
+
         return KvLayoutInfo(
             block_size=self.block_size,
             num_layers=self.num_layers,

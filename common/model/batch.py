@@ -4,11 +4,16 @@ A row is one sequence's contribution to the step: 1..n consecutive tokens whose 
 the pool. Prefill chunks, decode steps and mixed batches are the same thing with other counts.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from common.messages import TokenLogprob
-from common.sampling import SamplingParams
+if TYPE_CHECKING:
+    # Only here: a step of a model can be computed where msgspec is not installed.
+    from common.messages import TokenLogprob
+    from common.sampling import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
 """What computes a step: the contract between the runner and its backends, and their choice.
 
-`common.model.native` (C++ kernels, CPU) and `common.model.torch_decoder` (plain torch, any device)
-implement it. Both leave the same KV in the pool and the same logits, up to rounding.
+`common.model.native` (C++ kernels, CPU), `common.model.triton.decoder` (GPUs) and
+`common.model.torch_decoder` (plain torch, any device) implement it. All leave the same KV in the
+pool and the same logits, up to rounding.
 """
 
 import logging
@@ -10,6 +11,7 @@ from typing import Literal, Protocol
 
 import torch
 
+from common.errors import ConfigError
 from common.kv.pool import KvPool
 from common.model.batch import Row
 from common.model.cpu.build import BuildError
@@ -20,7 +22,7 @@ from common.model.weights import Weights
 
 log = logging.getLogger("tandem.kernels")
 
-Kernels = Literal["auto", "native", "torch"]
+Kernels = Literal["auto", "native", "triton", "torch"]
 
 
 class Decoder(Protocol):
@@ -41,10 +43,21 @@ class Decoder(Protocol):
 def open_decoder(
     spec: ModelSpec, weights: Weights, pool: KvPool, kernels: Kernels, threads: int
 ) -> Decoder:
-    """auto: native where it can be. Raises BuildError for native kernels that cannot be compiled.
+    """auto: native on CPU, triton on GPUs, where they can be. Raises BuildError for native kernels
+    that cannot be compiled, ConfigError for triton where it is not installed.
 
     threads: of native kernels; torch has a setting of its own.
     """
+    if kernels == "triton" or (kernels == "auto" and weights.device.type == "cuda"):
+        try:
+            # Here: Triton is an extra, and nobody but a GPU needs it.
+            from common.model.triton.decoder import TritonDecoder
+        except ImportError as error:
+            if kernels == "triton":
+                raise ConfigError(f"no Triton for the GPU's kernels: {error}") from error
+            log.warning("no GPU kernels, using torch, which is slower: %s", error)
+        else:
+            return TritonDecoder(spec, weights, pool)
     if kernels == "torch" or not NativeDecoder.supports(spec, weights):
         assert kernels != "native", (spec, weights.dtype, weights.device)
         return TorchDecoder(spec, weights, pool)

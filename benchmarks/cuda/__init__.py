@@ -1,0 +1,1 @@
+"""The parts of `benchmarks.gpu`. Nothing here imports pyzmq, msgspec, redis or fastapi."""
