@@ -11,8 +11,9 @@ MODEL ?=
 PREFILL ?= 1
 DECODE ?= 1
 ARGS ?=
-# For `make test`: arguments of pytest.
+# For `make test`: arguments of pytest, and how many processes share the tests.
 TESTS ?=
+JOBS ?= 2
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -35,7 +36,7 @@ serve: $(INSTALLED)
 	@exec $(BIN)/tandem up --port $(PORT) --prefill $(PREFILL) --decode $(DECODE) $(if $(MODEL),--model '$(MODEL)') $(ARGS)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(TESTS)
 
 # The fault suites in full, under an hour on two cores, and for hours; `make test` has a fiftieth.
 FAULTS = $(BIN)/python -m pytest -o timeout=0 tests/faults tests/kvtransfer/test_simulation.py

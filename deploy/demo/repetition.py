@@ -16,6 +16,7 @@ import torch
 from torch.nn import functional
 
 PREFIX, CONTINUATION, NGRAM = 8, 64, 4
+UNLIKELIHOOD_WEIGHT = 4.0  # relative to pseudo repetition
 SHORTEST, LONGEST = 3, 40  # tokens of a span that is repeated
 DAMPING = 0.5  # the probability of a token relative to that one repetition earlier
 
@@ -41,14 +42,14 @@ def spans(tokens: torch.Tensor, rng: np.random.Generator, special: int) -> list[
 
 
 def pseudo_repetition(
-    model: Any, tokens: torch.Tensor, rng: np.random.Generator, bos: int, special: int
+    model: Any, tokens: torch.Tensor, rng: np.random.Generator, special: int
 ) -> torch.Tensor:
     """The mean DITTO loss over spans of ``tokens``, each repeated to the length of a row."""
     width = tokens.shape[1]
     repeated = spans(tokens, rng, special)
     if not repeated:
         return torch.zeros(())
-    rows = torch.tensor([([bos] + span * width)[:width] for span in repeated])
+    rows = torch.tensor([(span * width)[:width] for span in repeated])
     probability = log_probabilities(model, rows).exp()
     losses = []
     for row, span in enumerate(repeated):
@@ -70,13 +71,30 @@ def completed(tokens: list[int], start: int) -> list[int]:
     return found
 
 
-def unlikelihood(model: Any, tokens: torch.Tensor, bos: int, eos: int) -> torch.Tensor:
-    """The unlikelihood of the repeats in greedy continuations of the beginnings of ``tokens``.
+def beginnings(tokens: torch.Tensor, bos: int, turn: int, line: int) -> torch.Tensor:
+    """What a user might send: [row, PREFIX].
+
+    From each row a question, up to the token `turn` that opens the answer, or else the start of a
+    paragraph, after the token `line`, or else the start of the row. Only conversations begin with
+    the token `bos`, as in the text.
+    """
+    found = []
+    for row in tokens.tolist():
+        if turn in row[PREFIX - 1 :]:
+            end = row.index(turn, PREFIX - 1) + 1
+            found.append([bos, *row[end - PREFIX + 1 : end]])
+        else:
+            start = row.index(line) + 1 if line in row[:-PREFIX] else 0
+            found.append(row[start : start + PREFIX])
+    return torch.tensor(found)
+
+
+def unlikelihood(model: Any, tokens: torch.Tensor, eos: int) -> torch.Tensor:
+    """The unlikelihood of the repeats in greedy continuations of ``tokens``: [row, PREFIX].
 
     It is a mean over all tokens generated, so that it vanishes as the repeats do: a mean over the
     repeats alone keeps its weight to the end and costs the model its fluency.
     """
-    tokens = torch.cat([torch.full((len(tokens), 1), bos), tokens[:, 1:PREFIX]], dim=1)
     cache = None
     with torch.no_grad():
         for _ in range(CONTINUATION):

@@ -1,12 +1,12 @@
-"""Trains the demo model: ``python -m deploy.demo.train --steps 6000 --minutes 75``.
+"""Trains the demo model: ``python -m deploy.demo.train --steps 1800 --polish 300``.
 
 The text is assembled by ``corpus.py``, ``chat.py`` and ``data.py``.  A run is a function of its
 text, the seed and the number of steps: the batch of a step depends on the seed and the step only,
 so that ``--resume`` continues as if nothing had happened, and the two halves of a batch are
 computed by a thread each and added in a fixed order.  ``--minutes`` only stops.
 
-Every third step of the last quarter adds the losses of ``repetition.py``, without which a model of
-this size loops under greedy decoding.
+The steps of ``--polish`` follow at a low rate and add the losses of ``repetition.py``, without
+which a model of this size loops under greedy decoding.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import json
 import math
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,14 @@ HERE = Path(__file__).resolve().parent
 CONTEXT = 2048
 BATCH, LENGTH, HALVES = 16, 256, 2  # of most steps
 LONG_BATCH, LONG_EVERY, LONG_FROM = 2, 8, 0.6  # every eighth step, the whole context
-REPEAT_EVERY, REPEAT_FROM, REPEAT_WEIGHT = 3, 0.75, 0.5
 PEAK_RATE, WARMUP, DECAY_FROM = 3e-3, 100, 0.6
+POLISH_RATE = 6e-4
 
 
-def rate(step: int, steps: int) -> float:
-    """Warm-up, a constant rate, then a linear decay to a hundredth of it."""
+def rate(step: int, steps: int, polish: int) -> float:
+    """Warm-up, a constant rate, a linear decay to a hundredth of it; then the rate of polishing."""
+    if step >= steps:
+        return POLISH_RATE * (1 - 0.9 * (step - steps) / polish)
     decay = (step - DECAY_FROM * steps) / ((1 - DECAY_FROM) * steps)
     return PEAK_RATE * min(1.0, (step + 1) / WARMUP) * min(1.0, max(0.01, 1 - decay))
 
@@ -49,19 +52,46 @@ def cross_entropy(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     return functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 
+@dataclass(frozen=True)
+class Special:
+    """Ids of the tokens that ``repetition.py`` must know, and how many special ones there are."""
+
+    bos: int
+    eos: int
+    assistant: int
+    newline: int
+    count: int
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> Special:
+        return cls(
+            bos=tokenizer.token_to_id(chat.BOS),
+            eos=tokenizer.token_to_id(chat.EOS),
+            assistant=tokenizer.token_to_id(chat.ASSISTANT),
+            newline=tokenizer.encode("\n").ids[0],
+            count=len(chat.SPECIAL_TOKENS),
+        )
+
+
+def repeats(
+    model: Any, tokens: torch.Tensor, special: Special, rng: np.random.Generator
+) -> torch.Tensor:
+    starts = repetition.beginnings(tokens, special.bos, special.assistant, special.newline)
+    unlikely = repetition.unlikelihood(model, starts, special.eos)
+    pseudo = repetition.pseudo_repetition(model, tokens, rng, special.count)
+    return pseudo + repetition.UNLIKELIHOOD_WEIGHT * unlikely
+
+
 def gradients(
-    model: Any, tokens: torch.Tensor, rng: np.random.Generator | None
+    model: Any, special: Special, tokens: torch.Tensor, rng: np.random.Generator | None
 ) -> tuple[float, float, list[Any]]:
     """Loss, repetition loss and gradients of a part of a batch, computed by the calling thread.
 
     The losses of ``repetition.py`` are added where ``rng``, which chooses their spans, is given.
     """
-    loss, extra = cross_entropy(model, tokens), torch.zeros(())
-    if rng is not None:
-        bos, eos = model.config.bos_token_id, model.config.eos_token_id
-        extra = repetition.pseudo_repetition(model, tokens, rng, bos, len(chat.SPECIAL_TOKENS))
-        extra = extra + repetition.unlikelihood(model, tokens, bos, eos)
-    parts = torch.autograd.grad(loss + REPEAT_WEIGHT * extra, list(model.parameters()))
+    loss = cross_entropy(model, tokens)
+    extra = torch.zeros(()) if rng is None else repeats(model, tokens, special, rng)
+    parts = torch.autograd.grad(loss + extra, list(model.parameters()))
     return loss.item(), extra.item(), list(parts)
 
 
@@ -100,6 +130,7 @@ def train(arguments: argparse.Namespace) -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     tokenizer, data, facts = prepare(arguments.docs, arguments.package, arguments.seed)
     print(json.dumps(facts["corpus"]), flush=True)
+    special = Special.of(tokenizer)
     model = build(tokenizer, arguments.seed)
     parameters = list(model.parameters())
     embedding = model.get_input_embeddings().weight
@@ -133,36 +164,37 @@ def train(arguments: argparse.Namespace) -> None:
         )  # fmt: skip
         checkpoint.with_suffix(".new").replace(checkpoint)
 
-    saved, repeats = time.monotonic(), math.nan
+    saved, looping = time.monotonic(), math.nan
+    last = arguments.steps + arguments.polish
     workers = ThreadPoolExecutor(HALVES, initializer=torch.set_num_threads, initargs=(1,))
-    while step < arguments.steps and time.monotonic() - began < arguments.minutes * 60:
+    while step < last and time.monotonic() - began < arguments.minutes * 60:
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = rate(step, arguments.steps)
+            group["lr"] = rate(step, arguments.steps, arguments.polish)
         progress = step / arguments.steps
-        whole = progress >= LONG_FROM and step % LONG_EVERY == 0
-        repeats_too = progress >= REPEAT_FROM and step % REPEAT_EVERY == 1 and not whole
+        polish = step >= arguments.steps
+        whole = progress >= LONG_FROM and step % LONG_EVERY == 0 and not polish
         rngs = [
-            np.random.default_rng([arguments.seed, step, half]) if repeats_too else None
+            np.random.default_rng([arguments.seed, step, half]) if polish else None
             for half in range(HALVES)
         ]
         rows, length = (LONG_BATCH, CONTEXT) if whole else (BATCH, LENGTH)
         halves = batch(data, arguments.seed, step, rows, length).chunk(HALVES)
-        results = list(workers.map(functools.partial(gradients, model), halves, rngs))
+        results = list(workers.map(functools.partial(gradients, model, special), halves, rngs))
         loss = sum(result[0] for result in results) / HALVES
         average = loss if math.isnan(average) else 0.98 * average + 0.02 * loss
-        if repeats_too:
-            repeats = sum(result[1] for result in results) / HALVES
+        if polish:
+            looping = sum(result[1] for result in results) / HALVES
         for parameter, *parts in zip(parameters, *(result[2] for result in results), strict=True):
             parameter.grad = sum(parts) / HALVES
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for optimizer in optimizers:
             optimizer.step()
         step += 1
-        if step % 250 == 0 or step == arguments.steps:
+        if step % 250 == 0 or step in (arguments.steps, last):
             curve.append([step, round(average, 4), round(evaluate(model, data.held_out), 4)])
-        if step % 50 == 0:
+        if step % (10 if polish else 50) == 0:
             seconds = spent + time.monotonic() - began
-            print(f"step {step}/{arguments.steps} loss {average:.3f} repeats {repeats:.3f} "
+            print(f"step {step}/{last} loss {average:.3f} repeats {looping:.3f} "
                   f"held out {curve[-1][2] if curve else math.nan:.3f} "
                   f"minutes {seconds / 60:.1f}", flush=True)  # fmt: skip
         if time.monotonic() - saved > 180:
@@ -170,7 +202,7 @@ def train(arguments: argparse.Namespace) -> None:
             saved = time.monotonic()
     save()
     record = {
-        "corpus": facts["corpus"], "seed": arguments.seed, "steps": step, "of": arguments.steps,
+        "corpus": facts["corpus"], "seed": arguments.seed, "steps": step, "of": last,
         "minutes": round((spent + time.monotonic() - began) / 60, 1), "curve": curve,
     }  # fmt: skip
     export(model, tokenizer, facts["words"], record, arguments.out)
@@ -180,7 +212,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--docs", type=Path, help="directory of the HTML pages of the Python docs")
     parser.add_argument("--package", action="append", default=[], help="add its docstrings")
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=1800)
+    parser.add_argument("--polish", type=int, default=300, help="steps against repetition")
     parser.add_argument("--minutes", type=float, default=75.0, help="stop after this long")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint")

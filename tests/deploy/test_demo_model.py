@@ -1,9 +1,10 @@
-"""The shipped demo model: it loads, it is small, and it writes words."""
+"""The shipped demo model: it loads, it is small, and it writes words without looping."""
 
 from __future__ import annotations
 
 import gzip
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,11 @@ def greedy(model: Any, ids: list[int], tokens: int) -> list[int]:
     return [int(token) for token in output[0, len(ids) :]]
 
 
+def most_frequent(items: list[Any]) -> int:
+    """How often the most frequent sequence of four items occurs."""
+    return max(Counter(zip(*(items[i:] for i in range(4)), strict=False)).values(), default=0)
+
+
 @pytest.fixture(scope="module")
 def samples(model: Any, tokenizer: Any) -> list[list[int]]:
     """The continuations of all prompts, then those of all questions."""
@@ -141,6 +147,13 @@ def test_samples_consist_of_words(
     known = sum(word in words for word in found)
     assert len(found) > 600
     assert known >= 0.95 * len(found)
+
+
+def test_samples_do_not_loop(samples: list[list[int]], tokenizer: Any) -> None:
+    for sample in samples:
+        text = tokenizer.decode(sample, skip_special_tokens=True)
+        assert most_frequent(re.findall(r"\w+", text.lower())) <= 3, text
+        assert most_frequent(sample) <= 3, text
 
 
 def test_answers_end(model: Any, tokenizer: Any) -> None:
