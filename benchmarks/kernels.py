@@ -23,10 +23,11 @@ from common.kv.layout import KvLayout
 from common.kv.pool import KvPool
 from common.model.batch import Row, Sample
 from common.model.cpu import kernels, library
+from common.model.quantize import SCHEMES, Matrix, QuantizedMatrix, quantize
 from common.model.rope_spec import RopeSpec
 from common.model.runner import ModelRunner
 from common.model.spec import ModelSpec
-from common.model.weights import LayerWeights, Weights
+from common.model.weights import LayerWeights, MatrixName, Weights, quantize_weights
 from common.sampling import SamplingParams
 
 DTYPE: Final = torch.bfloat16
@@ -104,17 +105,21 @@ def measure_machine(threads: int) -> Machine:
     )
 
 
-def measure_linear(machine: Machine, columns: int, depth: int) -> Iterator[Line]:
+def measure_linear(
+    machine: Machine, columns: int, depth: int, scheme: str | None = None
+) -> Iterator[Line]:
+    """The floor of operations is that of bfloat16, for quantised weights too."""
     native = library.load()
-    num_bytes = columns * depth * DTYPE.itemsize
+    dense = random_matrix(columns, depth)
+    weight: Matrix = dense if scheme is None else quantize(dense, SCHEMES[scheme])
+    num_bytes = matrix_bytes(weight)
     count = max(1, SET_BYTES // num_bytes)
-    weight = random_matrix(columns, depth)
     linears = cycle([kernels.Linear(native, weight, machine.threads) for _ in range(count)])
     for rows in (1, 8, 16, 32, 128, 512):
         a = kernels.padded(torch.randn(rows, depth).to(DTYPE))
-        to = kernels.Linear(native, weight[:1]).output(1).new_empty(rows, -(-columns // 32) * 32)
+        to = torch.empty(rows, -(-columns // kernels.ALIGNMENT) * kernels.ALIGNMENT)
         seconds = median_s(lambda a=a, to=to: next(linears).apply(a, to))  # type: ignore[misc]
-        name = f"linear {depth}x{columns}, {rows} rows"
+        name = f"linear {scheme or 'bfloat16'} {depth}x{columns}, {rows} rows"
         yield line(name, machine, seconds, num_bytes, 2 * rows * columns * depth)
 
 
@@ -155,21 +160,24 @@ def measure_rows(machine: Machine, hidden: int, inner: int) -> Iterator[Line]:
     yield line(f"swiglu {inner}, 32 rows", machine, seconds, gate.numel() * 10, 20 * gate.numel())
 
 
-def measure_steps(machine: Machine, spec: ModelSpec) -> Iterator[Line]:
-    """Whole steps: decode with a context of 256 tokens, and prefill chunks."""
+def measure_steps(machine: Machine, spec: ModelSpec, scheme: str | None = None) -> Iterator[Line]:
+    """Whole steps: decode after short and long contexts, and the chunks of a prompt of 2,048."""
     weights = random_weights(spec)
-    pool = KvPool(spec.layout(BLOCK, "bfloat16"), 1024)
+    if scheme is not None:
+        weights = quantize_weights(weights, SCHEMES[scheme])
+    pool = KvPool(spec.layout(BLOCK, "bfloat16"), 2_112)
     pool.tensor.zero_()
     runner = ModelRunner(spec, weights, pool, kernels="native", threads=machine.threads)
-    matrices = [
-        matrix.numel()
-        for layer in weights.layers
-        for matrix in (layer.qkv, layer.o, layer.gate_up, layer.down)
-    ]
-    head, body = weights.head.numel(), sum(matrices)
+    names: tuple[MatrixName, ...] = ("qkv", "o", "gate_up", "down")
+    matrices = [layer.matrix(name) for layer in weights.layers for name in names]
+    last = weights.quantized_head or weights.head
+    head, body = numel(last), sum(map(numel, matrices))
+    weight_bytes = sum(map(matrix_bytes, (*matrices, last)))
+    del matrices, last
     del weights
     kv_bytes = pool.block_bytes // BLOCK
-    shapes = [(1, 1, 255), (8, 1, 255), (32, 1, 255), (1, 128, 0), (1, 512, 0), (1, 512, 1536)]
+    decodes = [(batch, 1, start) for start in (159, 1023) for batch in (1, 8, 32)]
+    shapes = [*decodes, (1, 128, 0), *((1, 512, start) for start in range(0, 2048, 512))]
     for batch, count, start in shapes:
         rows = list(step_rows(batch, count, start))
         seconds = median_s(lambda rows=rows: runner.step(rows))  # type: ignore[misc]
@@ -177,8 +185,9 @@ def measure_steps(machine: Machine, spec: ModelSpec) -> Iterator[Line]:
         pairs = batch * sum(range(start + 1, end + 1))
         attention = 4 * pairs * spec.num_heads * spec.head_dim * spec.num_layers
         flops = 2 * tokens * body + 2 * batch * head + attention
-        num_bytes = (body + head) * DTYPE.itemsize + batch * end * kv_bytes
-        name = f"step of {spec.hidden_size}x{spec.num_layers}, {batch} x {count} after {start}"
+        num_bytes = weight_bytes + batch * end * kv_bytes
+        model = f"{scheme or 'bfloat16'} {spec.hidden_size}x{spec.num_layers}"
+        name = f"step {model}, {batch} x {count} after {start}"
         yield line(name, machine, seconds, num_bytes, flops)
 
 
@@ -188,6 +197,17 @@ def step_rows(batch: int, count: int, start: int) -> Iterator[Row]:
     for i in range(batch):
         blocks = range(i * per_row, (i + 1) * per_row)
         yield Row(known[start:], start, blocks, (Sample(0, GREEDY, known, len(known)),))
+
+
+def numel(matrix: Matrix) -> int:
+    return (matrix.values if isinstance(matrix, QuantizedMatrix) else matrix).numel()
+
+
+def matrix_bytes(matrix: Matrix) -> int:
+    """That a product reads."""
+    if isinstance(matrix, QuantizedMatrix):
+        return matrix.values.numel() * matrix.scheme.bits // 8 + matrix.scales.numel() * 4
+    return matrix.numel() * matrix.itemsize
 
 
 def random_matrix(rows: int, columns: int) -> torch.Tensor:
@@ -257,9 +277,11 @@ def measure(threads: int) -> Iterator[Line]:
     torch.set_num_threads(1)
     yield from measure_rows(one, spec.hidden_size, spec.intermediate_size)
     yield from measure_attention(one, spec.num_heads // spec.num_kv_heads, spec.head_dim)
-    for columns, depth in ((3_072, 576), (576, 1_536), (49_152, 576)):
-        yield from measure_linear(all_threads, columns, depth)
-    yield from measure_steps(all_threads, spec)
+    for scheme in (None, *SCHEMES):
+        for columns, depth in ((3_072, 576), (576, 1_536), (49_152, 576)):
+            yield from measure_linear(all_threads, columns, depth, scheme)
+    for scheme in (None, *SCHEMES):
+        yield from measure_steps(all_threads, spec, scheme)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,6 +12,7 @@ from common.errors import ConfigError
 
 TRANSPORTS = ("auto", "shm", "ucx", "tcp", "zmq")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+QUANTIZATIONS = ("none", "int8", "int4", "w8a8")
 
 
 def flag(default: Any, help: str, **metadata: Any) -> Any:
@@ -83,6 +84,11 @@ class ModelConfig:
     revision: str | None = flag(None, "branch, tag or commit of a Hub model")
     dtype: str = flag("auto", "dtype of weights and KV; auto: bfloat16 where it is fast, else "
                       "float32", choices=DTYPES)  # fmt: skip
+    quantize: str = flag(
+        "none", "weights in 8 or 4 bits, from the checkpoint at start (CPU): int8, int4 (groups of "
+        "128), or w8a8 with activations in 8 bits too, the fastest for prompts",
+        choices=QUANTIZATIONS,
+    )  # fmt: skip
     block_size: int = flag(0, "tokens per KV block, a multiple of 16; 0: 16 on CPU, 64 on GPU")
     kv_memory: str | None = flag(
         None, "memory of one worker's KV pool, such as 512M or 4G; none: from what is free"

@@ -50,8 +50,9 @@ class _Digest:
         return self._hash.hexdigest()
 
 
-def content_id(directory: Path, dtype: str) -> str:
-    """Identity of the KV that a worker computes: model configuration, weights and KV `dtype`.
+def content_id(directory: Path, dtype: str, quantization: str = "none") -> str:
+    """Identity of the KV that a worker computes: model configuration, weights, how they are
+    quantised, and KV `dtype`.
 
     Of the weights it takes every shard's name and header and 1 MiB of its data, so that a large
     checkpoint costs no more than a small one. Hex. Raises ModelError, in one line, for a missing
@@ -59,6 +60,7 @@ def content_id(directory: Path, dtype: str) -> str:
     """
     digest = _Digest(b"tandem-content")
     digest.add("dtype", dtype.encode())
+    digest.add("quantization", quantization.encode())
     digest.add(CONFIG_FILE, _read(directory / CONFIG_FILE))
     for path in shard_paths(directory):
         shard = read_shard(path)

@@ -7,7 +7,7 @@ the same text: what such a worker computes would be an answer of the wrong model
 import logging
 from pathlib import Path
 
-from common.config import DTYPES
+from common.config import DTYPES, QUANTIZATIONS
 from common.errors import ModelError
 from common.identity import content_id
 from common.messages import WorkerInfo
@@ -16,10 +16,16 @@ log = logging.getLogger(__name__)
 
 
 def content_ids(directory: Path) -> frozenset[str]:
-    """`content_id` of the checkpoint in each dtype that workers may choose; empty if the directory
+    """`content_id` of the checkpoint in each dtype and quantization that
+    workers may choose; empty if the directory
     has no weights, only the files that a router needs. Reads a few MiB."""
     try:
-        return frozenset(content_id(directory, dtype) for dtype in DTYPES if dtype != "auto")
+        return frozenset(
+            content_id(directory, dtype, quantization)
+            for dtype in DTYPES
+            if dtype != "auto"
+            for quantization in QUANTIZATIONS
+        )
     except ModelError as error:
         log.info("the weights of workers are not compared with the router's: %s", error)
         return frozenset()

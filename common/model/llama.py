@@ -6,10 +6,11 @@ bfloat16 logits differ by rounding alone.
 """
 
 import torch
-from torch.nn.functional import embedding, linear, silu
+from torch.nn.functional import embedding, silu
 
 from common.model.attention import LayerPool, attend
 from common.model.attention_plan import AttentionPlan, Window
+from common.model.quantize import product
 from common.model.rope import apply_rotary
 from common.model.spec import ModelSpec
 from common.model.weights import LayerWeights, Weights
@@ -44,7 +45,9 @@ def forward(
 
 def logits(spec: ModelSpec, weights: Weights, hidden: torch.Tensor) -> torch.Tensor:
     """[n, hidden] to [n, vocab] float32."""
-    return linear(rms_norm(hidden, weights.norm, spec.rms_norm_eps), weights.head).float()
+    return product(
+        rms_norm(hidden, weights.norm, spec.rms_norm_eps), weights.quantized_head or weights.head
+    ).float()
 
 
 def _attention(
@@ -57,7 +60,7 @@ def _attention(
     x: torch.Tensor,
 ) -> torch.Tensor:
     h = rms_norm(x, layer.input_norm, spec.rms_norm_eps)
-    heads = linear(h, layer.qkv, layer.qkv_bias).view(len(x), -1, spec.head_dim)
+    heads = product(h, layer.matrix("qkv"), layer.qkv_bias).view(len(x), -1, spec.head_dim)
     rotated = spec.num_heads + spec.num_kv_heads
     if layer.q_norm is not None and layer.k_norm is not None:
         q, k, v = heads.tensor_split((spec.num_heads, rotated), dim=1)
@@ -65,10 +68,10 @@ def _attention(
         k = rms_norm(k, layer.k_norm, spec.rms_norm_eps)
         heads = torch.cat((q, k, v), dim=1)
     apply_rotary(heads[:, :rotated], *rotary)
-    return linear(attend(heads, pool, plan, window), layer.o, layer.o_bias)
+    return product(attend(heads, pool, plan, window), layer.matrix("o"), layer.o_bias)
 
 
 def _mlp(spec: ModelSpec, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
     h = rms_norm(x, layer.mlp_norm, spec.rms_norm_eps)
-    gate, up = linear(h, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
-    return linear(silu(gate) * up, layer.down, layer.down_bias)
+    gate, up = product(h, layer.matrix("gate_up"), layer.gate_up_bias).chunk(2, dim=-1)
+    return product(silu(gate) * up, layer.matrix("down"), layer.down_bias)

@@ -8,6 +8,7 @@ import torch
 
 from common.errors import ConfigError
 from common.model.hub import resolve
+from common.model.quantize import SCHEMES
 from common.model.spec import ModelSpec, load_spec
 from common.model.weights import Weights, load_weights
 
@@ -30,8 +31,15 @@ class Loaded:
     """`bfloat16`, `float16` or `float32`: of the weights and of the KV."""
 
 
-def open_model(model: str, revision: str | None, dtype: str, device: torch.device | str) -> Loaded:
-    """Find, check and load a model. `dtype` is a value of `--dtype`, `auto` included.
+def open_model(
+    model: str,
+    revision: str | None,
+    dtype: str,
+    device: torch.device | str,
+    quantization: str = "none",
+) -> Loaded:
+    """Find, check and load a model. `dtype` is a value of `--dtype`, `auto` included;
+    `quantization` one of `--quantize`.
 
     Raises ModelError, in one line, if the model cannot be found, read or served.
     """
@@ -39,7 +47,9 @@ def open_model(model: str, revision: str | None, dtype: str, device: torch.devic
     spec = load_spec(directory)
     target = torch.device(device)
     name = choose_dtype(dtype, spec, target)
-    weights = load_weights(directory, spec, TORCH_DTYPES[name], target)
+    if quantization != "none" and target.type != "cpu":
+        raise ConfigError(f"--quantize {quantization} is for CPUs only")
+    weights = load_weights(directory, spec, TORCH_DTYPES[name], target, SCHEMES.get(quantization))
     return Loaded(directory=directory, spec=spec, weights=weights, dtype_name=name)
 
 

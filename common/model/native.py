@@ -17,7 +17,13 @@ import torch
 from common.kv.pool import KvPool
 from common.model.batch import Row
 from common.model.cpu import library
-from common.model.cpu.library import DTYPE_CODES, BatchStruct, LayerStruct, ModelStruct
+from common.model.cpu.library import (
+    DTYPE_CODES,
+    BatchStruct,
+    LayerStruct,
+    ModelStruct,
+    matrix_struct,
+)
 from common.model.rope import Rotary
 from common.model.spec import ModelSpec
 from common.model.weights import LayerWeights, Weights
@@ -64,7 +70,7 @@ class NativeDecoder:
             eps=spec.rms_norm_eps,
             embedding=_address(weights.embedding),
             norm=_address(weights.norm),
-            head=_address(weights.head),
+            head=matrix_struct(weights.quantized_head or weights.head),
             layer=layers,
             pool=_address(pool.tensor),
         )
@@ -143,16 +149,16 @@ class _Positions:
 def _layer_struct(layer: LayerWeights, window: int | None) -> LayerStruct:
     return LayerStruct(
         input_norm=_address(layer.input_norm),
-        qkv=_address(layer.qkv),
+        qkv=matrix_struct(layer.matrix("qkv")),
         qkv_bias=_address(layer.qkv_bias),
         q_norm=_address(layer.q_norm),
         k_norm=_address(layer.k_norm),
-        o=_address(layer.o),
+        o=matrix_struct(layer.matrix("o")),
         o_bias=_address(layer.o_bias),
         mlp_norm=_address(layer.mlp_norm),
-        gate_up=_address(layer.gate_up),
+        gate_up=matrix_struct(layer.matrix("gate_up")),
         gate_up_bias=_address(layer.gate_up_bias),
-        down=_address(layer.down),
+        down=matrix_struct(layer.matrix("down")),
         down_bias=_address(layer.down_bias),
         window=window or 0,
     )

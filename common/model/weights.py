@@ -4,14 +4,28 @@
 and so do gate and up, so that a layer has four matrix products.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from common.model.checkpoint import Checkpoint
 from common.model.progress import ProgressBar
+from common.model.quantize import HEAD_SCHEME, Matrix, QuantizedMatrix, Scheme, quantize
 from common.model.spec import ModelSpec
+
+MatrixName = Literal["qkv", "o", "gate_up", "down"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizedLayer:
+    """The matrices of one decoder layer, in place of those in `LayerWeights`."""
+
+    qkv: QuantizedMatrix
+    o: QuantizedMatrix
+    gate_up: QuantizedMatrix
+    down: QuantizedMatrix
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +52,13 @@ class LayerWeights:
     down: torch.Tensor
     """[hidden, intermediate]"""
     down_bias: torch.Tensor | None
+    quantized: QuantizedLayer | None = None
+    """If there, the four matrices above are empty."""
+
+    def matrix(self, name: MatrixName) -> Matrix:
+        """One of the four, of either kind."""
+        matrix: Matrix = getattr(self.quantized or self, name)
+        return matrix
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +71,8 @@ class Weights:
     norm: torch.Tensor
     """[hidden]"""
     head: torch.Tensor
-    """[vocab, hidden]; the embedding itself where the two are tied."""
+    """[vocab, hidden]; the embedding itself where the two are tied; empty if `quantized_head`."""
+    quantized_head: QuantizedMatrix | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -62,10 +84,14 @@ class Weights:
 
 
 def load_weights(
-    directory: Path, spec: ModelSpec, dtype: torch.dtype, device: torch.device
+    directory: Path,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    scheme: Scheme | None = None,
 ) -> Weights:
     """Read the safetensors of `directory` into `dtype` on `device`, with a progress bar on stderr
-    where that is a terminal.
+    where that is a terminal. scheme: quantise the matrices layer by layer, and the head.
 
     Raises ModelError, in one line, for a missing or corrupt file and for a tensor that is missing,
     of the wrong shape or quantized.
@@ -77,14 +103,44 @@ def load_weights(
         reader = _Reader(checkpoint, dtype, device)
         layers: list[LayerWeights] = []
         for index in range(spec.num_layers):
-            layers.append(_read_layer(reader, spec, f"model.layers.{index}"))
+            layer = _read_layer(reader, spec, f"model.layers.{index}")
+            layers.append(layer if scheme is None else _quantize_layer(layer, scheme))
             bar.advance()
         vocabulary = (spec.vocab_size, spec.hidden_size)
         embedding = reader.one("model.embed_tokens.weight", vocabulary)
         norm = reader.one("model.norm.weight", (spec.hidden_size,))
         head = embedding if spec.tie_word_embeddings else reader.one("lm_head.weight", vocabulary)
         bar.advance()
-    return Weights(embedding=embedding, layers=tuple(layers), norm=norm, head=head)
+    weights = Weights(embedding=embedding, layers=tuple(layers), norm=norm, head=head)
+    return weights if scheme is None else _quantize_head(weights)
+
+
+def quantize_weights(weights: Weights, scheme: Scheme) -> Weights:
+    """The same model with its matrices quantised. The embedding stays as it is."""
+    layers = tuple(_quantize_layer(layer, scheme) for layer in weights.layers)
+    return _quantize_head(replace(weights, layers=layers))
+
+
+def _quantize_layer(layer: LayerWeights, scheme: Scheme) -> LayerWeights:
+    empty = layer.qkv.new_empty(0)
+    return replace(
+        layer,
+        qkv=empty,
+        o=empty,
+        gate_up=empty,
+        down=empty,
+        quantized=QuantizedLayer(
+            qkv=quantize(layer.qkv, scheme),
+            o=quantize(layer.o, scheme),
+            gate_up=quantize(layer.gate_up, scheme),
+            down=quantize(layer.down, scheme),
+        ),
+    )
+
+
+def _quantize_head(weights: Weights) -> Weights:
+    head = quantize(weights.head, HEAD_SCHEME)
+    return replace(weights, head=weights.head.new_empty(0), quantized_head=head)
 
 
 class _Reader:

@@ -57,7 +57,7 @@ def open_worker(config: WorkerConfig, role: str, name: str) -> Worker:
     torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     device = choose_device(config.device)
-    loaded = open_model(config.model, config.revision, config.dtype, device)
+    loaded = open_model(config.model, config.revision, config.dtype, device, config.quantize)
     spec = loaded.spec
     block_size = config.block_size or BLOCK_SIZES[device.type]
     layout = spec.layout(block_size, loaded.dtype_name)
@@ -69,7 +69,7 @@ def open_worker(config: WorkerConfig, role: str, name: str) -> Worker:
             f"--max-model-len {max_model_len} is more than the {spec.max_position_embeddings} "
             f"positions of {config.model}"
         )
-    content = content_id(loaded.directory, loaded.dtype_name)
+    content = content_id(loaded.directory, loaded.dtype_name, config.quantize)
     limits = Limits(
         block_size=block_size,
         num_blocks=num_blocks,

@@ -5,9 +5,18 @@
 
 #include <stdint.h>
 
+struct tandem_matrix {
+    const void* data;    /* of the model's type; quantised: int8 */
+    const float* scales; /* [out, groups]: what a value of 1 means; of quantised ones only */
+    int32_t bits;        /* 0: not quantised; 8 or 4: how many of each value count */
+    int32_t group;       /* values of a row that share a scale, a multiple of 8; 0: all */
+    int32_t planes;      /* the other operand is quantised to 8 bits (1) or to 16 (2) */
+};
+
 struct tandem_layer {
-    const void *input_norm, *qkv, *qkv_bias, *q_norm, *k_norm, *o, *o_bias;
-    const void *mlp_norm, *gate_up, *gate_up_bias, *down, *down_bias; /* null: the model has none */
+    struct tandem_matrix qkv, o, gate_up, down;
+    const void *input_norm, *qkv_bias, *q_norm, *k_norm, *o_bias;
+    const void *mlp_norm, *gate_up_bias, *down_bias; /* null: the model has none */
     int32_t window; /* a token sees this many tokens, itself included; 0: all before it */
 };
 
@@ -16,7 +25,8 @@ struct tandem_model {
     int32_t vocab, hidden, inner, layers, heads, kv_heads, head_dim, block_size;
     float eps;
     const void* embedding; /* [vocab, hidden], read in every step */
-    const void *norm, *head;
+    const void* norm;
+    struct tandem_matrix head;
     const struct tandem_layer* layer; /* [layers]; copied into packed form */
     void* pool; /* [num_blocks, layer, k|v, kv_head, slot, head_dim], read and written in every step
                  */

@@ -8,7 +8,8 @@ import weakref
 
 import torch
 
-from common.model.cpu.library import DTYPE_CODES, ModelStruct
+from common.model.cpu.library import DTYPE_CODES, ModelStruct, matrix_struct
+from common.model.quantize import Matrix, QuantizedMatrix
 
 ALIGNMENT = 32
 """Columns of activations are padded with zeros to a multiple of this."""
@@ -22,12 +23,17 @@ def padded(x: torch.Tensor) -> torch.Tensor:
 class Linear:
     """`a @ weight.T` over packed weights."""
 
-    def __init__(self, library: ctypes.CDLL, weight: torch.Tensor, threads: int = 1) -> None:
+    def __init__(self, library: ctypes.CDLL, weight: Matrix, threads: int = 1) -> None:
         """weight: [columns, depth], contiguous."""
         self._library = library
-        self._columns, self._depth = weight.shape
+        shape = weight.values.shape if isinstance(weight, QuantizedMatrix) else weight.shape
+        self._columns, self._depth = shape
         self._handle = library.tandem_linear_create(
-            DTYPE_CODES[weight.dtype], threads, weight.data_ptr(), self._columns, self._depth
+            DTYPE_CODES[weight.dtype],
+            threads,
+            ctypes.byref(matrix_struct(weight)),
+            self._columns,
+            self._depth,
         )
         if not self._handle:
             raise MemoryError("no memory for the packed weights")

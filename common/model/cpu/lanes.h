@@ -12,6 +12,7 @@
 #pragma once
 
 #include <array>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -117,6 +118,24 @@ inline void store(bf16* p, Lanes x) {
 inline Lanes load(const bf16* p) {
     return _mm512_castsi512_ps(
         _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+
+// Adds to 16 whole numbers the products of four unsigned bytes of `a` and signed ones of `b` each.
+inline Words dot_bytes(Words sums, Words a, Words b) {
+#if defined(__AVX512VNNI__)
+    return _mm512_dpbusd_epi32(sums, a, b);
+#else
+    const Words bytes = _mm512_set1_epi16(255);
+    const Words even = _mm512_srai_epi16(_mm512_slli_epi16(b, 8), 8), odd = _mm512_srai_epi16(b, 8);
+    sums = _mm512_add_epi32(sums, _mm512_madd_epi16(_mm512_and_si512(a, bytes), even));
+    return _mm512_add_epi32(sums, _mm512_madd_epi16(_mm512_srli_epi16(a, 8), odd));
+#endif
+}
+inline Words even_nibbles(Words x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
+inline Words odd_nibbles(Words x) { return even_nibbles(_mm512_srli_epi32(x, 4)); }
+// 16 whole numbers, less `offset`.
+inline Lanes numbers(const uint32_t* p, int32_t offset) {
+    return _mm512_cvtepi32_ps(_mm512_sub_epi32(load_words(p), _mm512_set1_epi32(offset)));
 }
 
 // Words of 16 columns: pairs of (a[i], b[i]), the first in the lower half.
@@ -288,6 +307,31 @@ inline void store(bf16* p, Lanes x) {
 inline Lanes load(const bf16* p) {
     float values[16];
     for (int i = 0; i < 16; ++i) values[i] = widen(p[i]);
+    return load(values);
+}
+typedef int32_t HalfInts __attribute__((vector_size(32)));
+inline HalfWords dot_bytes(HalfWords sums, HalfWords a, HalfWords b) {
+#if defined(__AVX2__)
+    const __m256i u = (__m256i)a, s = (__m256i)b, bytes = _mm256_set1_epi16(255);
+    const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(s, 8), 8);
+    const __m256i sum = _mm256_add_epi32(
+        _mm256_madd_epi16(_mm256_and_si256(u, bytes), even),
+        _mm256_madd_epi16(_mm256_srli_epi16(u, 8), _mm256_srai_epi16(s, 8)));
+    return sums + (HalfWords)sum;
+#else
+    for (int k = 0; k < 32; k += 8)
+        sums += ((a >> k) & 255u) * (HalfWords)((HalfInts)(b << (24 - k)) >> 24);
+    return sums;
+#endif
+}
+inline Words dot_bytes(Words sums, Words a, Words b) {
+    return {dot_bytes(sums.low, a.low, b.low), dot_bytes(sums.high, a.high, b.high)};
+}
+inline Words even_nibbles(Words x) { return {x.low & 0x0f0f0f0fu, x.high & 0x0f0f0f0fu}; }
+inline Words odd_nibbles(Words x) { return even_nibbles({x.low >> 4, x.high >> 4}); }
+inline Lanes numbers(const uint32_t* p, int32_t offset) {
+    float values[16];
+    for (int i = 0; i < 16; ++i) values[i] = float(int32_t(p[i]) - offset);
     return load(values);
 }
 inline Words pair_up(const bf16* a, const bf16* b) {

@@ -25,7 +25,7 @@ struct Linear {
     Team team;
     Phases phases;
     Arena arena;
-    std::variant<PackedMatrix<float>, PackedMatrix<bf16>> matrix;
+    std::variant<Matrix<float>, Matrix<bf16>> matrix;
 };
 
 template <class T>
@@ -63,15 +63,14 @@ int tandem_step(Handle* handle, const tandem_batch* batch) {
 }
 
 // weight: [columns, depth]
-Linear* tandem_linear_create(int32_t dtype, int32_t threads, const void* weight, int32_t columns,
-                             int32_t depth) {
+Linear* tandem_linear_create(int32_t dtype, int32_t threads, const tandem_matrix* weight,
+                             int32_t columns, int32_t depth) {
     try {
         return with_type(dtype, [&]<class T>() {
-            auto* linear = new Linear{Team(threads), {}, {}, PackedMatrix<T>()};
-            const T* rows = static_cast<const T*>(weight);
-            std::get<PackedMatrix<T>>(linear->matrix)
-                .pack(columns, depth, linear->arena, linear->team,
-                      [&](int column) { return rows + int64_t(column) * depth; });
+            auto* linear = new Linear{Team(threads), {}, {}, Matrix<T>()};
+            std::get<Matrix<T>>(linear->matrix)
+                .pack(*weight, columns, depth, linear->arena, linear->team,
+                      [](int column) { return column; });
             return linear;
         });
     } catch (const std::bad_alloc&) {
@@ -85,17 +84,33 @@ void tandem_linear_destroy(Linear* linear) { delete linear; }
 // float32
 void tandem_linear_apply(Linear* linear, const void* a, int32_t rows, int32_t depth, float* to) {
     std::visit(
-        [&]<class T>(const PackedMatrix<T>& matrix) {
-            const size_t stride = round_up(matrix.columns(), TILE);
-            linear->phases.reset(1);
+        [&]<class T>(const Matrix<T>& matrix) {
+            const size_t stride = round_up(matrix.columns(), TILE), from = round_up(depth, TILE);
+            const auto finish = [&](int row, int column, Lanes low, Lanes high) {
+                store(to + row * stride + column, low);
+                store(to + row * stride + column + LANES, high);
+            };
+            const QuantizedMatrix& quantized = matrix.quantized;
+            std::vector<uint32_t> digits(matrix.is_quantized ? rows * quantized.words() : 0);
+            std::vector<float> scales(matrix.is_quantized ? rows : 0);
+            std::vector<int32_t> sums(matrix.is_quantized ? rows * quantized.sums() : 0);
+            linear->phases.reset(2);
             auto job = [&](int) {
+                linear->phases.share(0, matrix.is_quantized ? rows : 0, 8, [&](Part part) {
+                    for (int row = part.first; row < part.last; ++row)
+                        quantized.quantize(static_cast<const T*>(a) + row * from,
+                                           digits.data() + row * quantized.words(),
+                                           scales.data() + row,
+                                           sums.data() + row * quantized.sums());
+                });
                 linear->phases.share(
-                    0, matrix.tiles(), matrix.grain(linear->team.size()), [&](Part part) {
-                        matrix.apply(static_cast<const T*>(a), words<T>(round_up(depth, TILE)),
-                                     rows, part, [&](int row, int column, Lanes low, Lanes high) {
-                                         store(to + row * stride + column, low);
-                                         store(to + row * stride + column + LANES, high);
-                                     });
+                    1, matrix.tiles(), matrix.grain(linear->team.size()), [&](Part part) {
+                        if (matrix.is_quantized)
+                            quantized.apply({digits.data(), scales.data(), sums.data()}, rows, part,
+                                            finish);
+                        else
+                            matrix.dense.apply(static_cast<const T*>(a), words<T>(from), rows, part,
+                                               finish);
                     });
             };
             linear->team.run(job);

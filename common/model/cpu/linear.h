@@ -161,9 +161,6 @@ class PackedMatrix {
 
     int columns() const { return columns_; }
     int tiles() const { return tiles_; }
-    // Tiles that a thread takes at a time: some ten pieces each, so that threads end together.
-    int grain(int threads) const { return std::max(1, tiles_ / (threads * 10)); }
-    size_t bytes() const { return size_t(tiles_) * steps_ * TILE * 4; }
 
     // Tiles first <= t < last of a W^T; finish(row, column, low 16 sums, high 16 sums) takes them.
     // a: [rows, a_stride words]; what lies behind a row's last word is not read.

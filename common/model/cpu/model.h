@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "abi.h"
-#include "linear.h"
+#include "quantized.h"
 
 namespace tandem {
 
@@ -48,7 +48,7 @@ template <class T>
 struct Layer {
     std::vector<float> input_norm, qkv_bias, q_norm, k_norm, o_bias, mlp_norm, gate_up_bias,
         down_bias;
-    PackedMatrix<T> qkv, o, gate_up, down;
+    Matrix<T> qkv, o, gate_up, down;
     int window;  // 0: none
 
     Layer(const Shape& s, const tandem_layer& from, Arena& arena, Team& team)
@@ -73,11 +73,7 @@ struct Layer {
             const int index = column / TILE * LANES + column % LANES;
             return index >= s.inner ? -1 : index + (column % TILE < LANES ? 0 : s.inner);
         };
-        const T* rows = static_cast<const T*>(from.gate_up);
-        gate_up.pack(columns, s.hidden, arena, team, [&](int column) {
-            const int row = source(column);
-            return row < 0 ? nullptr : rows + int64_t(row) * s.hidden;
-        });
+        gate_up.pack(from.gate_up, columns, s.hidden, arena, team, source);
         if (from.gate_up_bias != nullptr) {
             gate_up_bias.resize(columns);
             for (int column = 0; column < columns; ++column)
@@ -86,11 +82,9 @@ struct Layer {
         }
     }
 
-    static void pack(PackedMatrix<T>& matrix, const void* source, int columns, int depth,
+    static void pack(Matrix<T>& matrix, const tandem_matrix& source, int columns, int depth,
                      Arena& arena, Team& team) {
-        const T* rows = static_cast<const T*>(source);
-        matrix.pack(columns, depth, arena, team,
-                    [=](int column) { return rows + int64_t(column) * depth; });
+        matrix.pack(source, columns, depth, arena, team, [](int column) { return column; });
     }
 };
 

@@ -42,7 +42,7 @@ class Model {
 
  private:
     static constexpr int FEW = 8;           // rows
-    static constexpr int LAYER_PHASES = 8;  // at most
+    static constexpr int LAYER_PHASES = 12;  // at most
 
     // The partitions of a decode row that several tasks share; the last of them combines.
     struct Pieces {
@@ -145,12 +145,28 @@ class Model {
             queries_.resize(size_t(capacity_) * s_.heads * s_.head_dim);
             attended_.resize(capacity_ * s_.attended_stride());
             inner_.resize(capacity_ * s_.inner_stride());
+            reserve_digits(capacity_ + team_.size() * FEW);
         }
         if (samples > sample_capacity_) {
             sample_capacity_ = int(round_up(samples, 16));
             sampled_.resize(sample_capacity_ * s_.hidden_stride());
             best_.resize(team_.size() * size_t(sample_capacity_));
         }
+    }
+
+    void reserve_digits(size_t rows) {
+        const auto most = [&](const Matrix<T>& w) {
+            if (!w.is_quantized) return;
+            digit_words_ = std::max(digit_words_, w.quantized.words());
+            digit_groups_ = std::max(digit_groups_, w.quantized.sums());
+        };
+        for (const auto& layer : layers_) {
+            for (const auto* w : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down}) most(*w);
+        }
+        most(head_);
+        digits_.resize(rows * digit_words_);
+        digit_scales_.resize(rows);
+        digit_sums_.resize(rows * digit_groups_);
     }
 
     // One thread's way through the phases of a step.
@@ -171,32 +187,46 @@ class Model {
         }
         // All tiles of a W^T, `rows` of a with `stride` elements each.
         template <class Finish>
-        void linear(const PackedMatrix<T>& w, const T* a, size_t stride, int rows,
-                    Finish&& finish) {
-            share(w.tiles(), w.grain(model.team_.size()),
-                  [&](Part part) { w.apply(a, words<T>(stride), rows, part, finish); });
+        void linear(const Matrix<T>& w, const T* a, size_t stride, int rows, Finish&& finish) {
+            linear_of(w, rows, [](int, T*) {}, a, stride, finish);
         }
-        // The same for a = rms_norm(x). A few rows are cheaper to normalise in every thread than to
-        // wait for.
+        // The same for a = rms_norm(x).
         template <class Finish>
-        void linear_of_norm(const PackedMatrix<T>& w, const std::vector<float>& weight, int rows,
+        void linear_of_norm(const Matrix<T>& w, const std::vector<float>& weight, int rows,
                             Finish&& finish) {
             const size_t stride = model.s_.hidden_stride();
             const auto norm = [&](int row, T* to) {
                 model.norm_row(model.x_.data() + row * stride, weight, to + row * stride);
             };
-            if (rows > FEW) {
-                T* normed = model.normed_.data();
-                each(rows, 8, [&](int row) { norm(row, normed); });
-                linear(w, normed, stride, rows, finish);
-                return;
-            }
-            T* own = model.normed_.data() + (model.capacity_ + size_t(id) * FEW) * stride;
-            bool ready = false;
+            linear_of(w, rows, norm, nullptr, stride, finish);
+        }
+        // prepare(row, to) makes a row of `a`, unless `a` is there. A few rows are cheaper to make
+        // in every thread than to wait for.
+        template <class Prepare, class Finish>
+        void linear_of(const Matrix<T>& w, int rows, Prepare&& prepare, const T* a, size_t stride,
+                       Finish&& finish) {
+            const bool few = rows <= FEW;
+            const size_t own = model.capacity_ + size_t(id) * FEW;
+            T* made = a != nullptr ? nullptr : model.normed_.data() + (few ? own * stride : 0);
+            const T* from = a != nullptr ? a : made;
+            uint32_t* words = model.digits_.data() + (few ? own * model.digit_words_ : 0);
+            float* scales = model.digit_scales_.data() + (few ? own : 0);
+            int32_t* sums = model.digit_sums_.data() + (few ? own * model.digit_groups_ : 0);
+            const auto make = [&](int row) {
+                if (made != nullptr) prepare(row, made);
+                if (w.is_quantized)
+                    w.quantized.quantize(from + row * stride, words + row * w.quantized.words(),
+                                         scales + row, sums + row * w.quantized.sums());
+            };
+            bool ready = !few || (made == nullptr && !w.is_quantized);
+            if (!few && (made != nullptr || w.is_quantized)) each(rows, 8, make);
             share(w.tiles(), w.grain(model.team_.size()), [&](Part part) {
-                for (int row = 0; row < rows && !ready; ++row) norm(row, own);
+                for (int row = 0; row < rows && !ready; ++row) make(row);
                 ready = true;
-                w.apply(own, words<T>(stride), rows, part, finish);
+                if (w.is_quantized)
+                    w.quantized.apply(Digits{words, scales, sums}, rows, part, finish);
+                else
+                    w.dense.apply(from, tandem::words<T>(stride), rows, part, finish);
             });
         }
     };
@@ -392,7 +422,7 @@ class Model {
     const T* embedding_;
     std::vector<float> norm_;
     std::vector<Layer<T>> layers_;
-    PackedMatrix<T> head_;
+    Matrix<T> head_;
     std::vector<Attention<T>> attention_;  // [threads]
 
     std::vector<Span> spans_;
@@ -410,6 +440,10 @@ class Model {
     Buffer<float> qkv_;  // [tokens, q heads, k heads, v heads]
     Buffer<T> queries_, attended_, inner_, sampled_;
     Buffer<T> own_queries_;  // [threads, heads, head_dim], of the decode row at hand
+    Buffer<uint32_t> digits_;  // of quantised products: see `Digits`
+    Buffer<float> digit_scales_;
+    Buffer<int32_t> digit_sums_;
+    size_t digit_words_ = 0, digit_groups_ = 0;
     Buffer<Best> best_;  // [threads, samples]
 };
 

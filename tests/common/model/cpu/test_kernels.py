@@ -11,6 +11,7 @@ from common.kv.layout import KvLayout
 from common.kv.pool import KvPool
 from common.model.cpu import kernels, library
 from common.model.cpu.build import COMPILERS, CPU_INFO, NATIVE
+from common.model.quantize import SCHEMES, product, quantize
 
 pytestmark = pytest.mark.skipif(
     not any(map(shutil.which, COMPILERS)), reason="needs a C++ compiler"
@@ -63,6 +64,26 @@ def test_rows_of_a_linear_do_not_depend_on_each_other(native: ctypes.CDLL) -> No
     for row in range(33):
         alone = linear.apply(a[row : row + 1].contiguous(), linear.output(1))
         assert torch.equal(alone[0], together[row])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize(("columns", "depth"), [(1, 1), (31, 7), (33, 300), (70, 128)])
+def test_quantized_linear(
+    native: ctypes.CDLL, dtype: torch.dtype, name: str, columns: int, depth: int
+) -> None:
+    """Whole numbers are exact; what differs is the rounding of a few float32 operations."""
+    matrix = quantize(randn(columns, depth).to(dtype), SCHEMES[name])
+    linear = kernels.Linear(native, matrix, threads=2)
+    for rows in (1, 2, 7, 13, 37):
+        a = randn(rows, depth, seed=rows).to(dtype)
+        a[0, -1] = 0
+        result = linear.apply(kernels.padded(a), linear.output(rows))
+        expected = product(a.float(), matrix)
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=2e-6 * depth**0.5)
+        for row in range(rows):
+            alone = linear.apply(kernels.padded(a[row : row + 1]), linear.output(1))
+            assert torch.equal(alone[0], result[row])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
