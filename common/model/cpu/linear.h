@@ -18,7 +18,8 @@
 #include "memory.h"
 #include "threads.h"
 
-namespace tandem {
+// Hidden: libraries for several instruction sets in one process must not share a table of kernels.
+namespace tandem __attribute__((visibility("hidden"))) {
 
 constexpr int TILE = 32;
 

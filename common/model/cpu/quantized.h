@@ -12,7 +12,8 @@
 #include "abi.h"
 #include "linear.h"
 
-namespace tandem {
+// Hidden: libraries for several instruction sets in one process must not share a table of kernels.
+namespace tandem __attribute__((visibility("hidden"))) {
 
 constexpr int BYTES = 4;  // weights of a word of 8 bits
 
@@ -28,6 +29,7 @@ __attribute__((noinline)) void multiply_bytes(const uint32_t* a, size_t a_stride
                                               int steps, uint32_t* to) {
     constexpr int AHEAD = 1024;
     Words sums[ROWS][2];
+#pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) sums[r][0] = sums[r][1] = fill_words(0);
     for (int step = 0; step < steps; step += 8 / BITS, b += TILE) {
         const Words low = load_words(b), high = load_words(b + LANES);
@@ -52,6 +54,7 @@ __attribute__((noinline)) void multiply_bytes(const uint32_t* a, size_t a_stride
             }
         }
     }
+#pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) {
         store_words(to + r * TILE, sums[r][0]);
         store_words(to + r * TILE + LANES, sums[r][1]);
