@@ -51,7 +51,7 @@ def test_backends_agree(checkpoint: MakeCheckpoint, name: str, dtype: str) -> No
     [prompt] = random_prompts([75], 512)
     tops = []
     for kernels in ("native", "torch"):
-        driver = Driver(loaded, num_blocks=8, kernels=kernels)  # type: ignore[arg-type]
+        driver = Driver(loaded, num_blocks=8, kernels=kernels)
         params = greedy_params(2)
         run = driver.start(prompt, msgspec.structs.replace(params, logprobs=512))
         driver.step([run], [40])
