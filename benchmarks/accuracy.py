@@ -27,7 +27,7 @@ from common.model.decoder import Decoder, open_decoder
 from common.model.load import Loaded, open_model
 from common.model.quantize import SCHEMES
 from common.model.weights import quantize_weights
-from deploy.random_model import write
+from common.random_model import write
 
 ROOT: Final = Path(__file__).parents[1]
 DEMO: Final = ROOT / "deploy" / "demo" / "model"

@@ -187,7 +187,7 @@ class DecodeEngine(Engine):
 
     def _arrive(self, attempt: Attempt, handover: Handover, first: tuple[First, ...]) -> None:
         """The KV of the prompt is here: go on after the first tokens, which are sent again so
-        that losing the prefill worker now loses nothing."""
+        that losing the prefill worker now loses nothing, nor does being faster than its link."""
         parent = handover.sequence
         pinned, parent.blocks = parent.blocks, []  # `remove` is not to release them
         self.scheduler.remove(handover)
@@ -195,6 +195,7 @@ class DecodeEngine(Engine):
         parent.num_computed = parent.num_tokens
         attempt.handover = None
         draws = {f.choice: Sampled(f.token, f.logprob) for f in first}
+        cached = first[0].cached_tokens if first else -1
         if not draws or not draws.keys() <= set(parent.choices):
             self.blocks.release(parent.blocks)
             del self._attempts[handover.key]
@@ -208,7 +209,7 @@ class DecodeEngine(Engine):
             return
         attempt.sequences = self._split(parent, wanted)
         for sequence in list(attempt.sequences):
-            self._append(attempt, sequence, draws[sequence.choices[0]], -1)
+            self._append(attempt, sequence, draws[sequence.choices[0]], cached)
 
     def _give_up(self, handover: Handover, landed: tuple[int, ...], reason: str) -> None:
         """The grant came back unfinished, or the sender gave up before there was one."""

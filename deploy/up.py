@@ -17,11 +17,11 @@ import sys
 from pathlib import Path
 from typing import Any, TypeVar
 
-from common import log
+from common import log, random_model
 from common.config import RouterConfig, UpConfig, WorkerConfig
 from common.errors import ConfigError
 from common.flags import to_argv, to_env
-from deploy import port, random_model, redis_server, resources
+from deploy import port, redis_server, resources
 from deploy.console import Console, error_in
 from deploy.process import Process, State
 from deploy.readiness import DeploymentReadiness

@@ -44,6 +44,8 @@ class First(NamedTuple):
     choice: int
     token: int
     logprob: TokenLogprob | None
+    cached_tokens: int = -1
+    """Tokens of the prompt that the prefill worker's cache held; -1: not known."""
 
 
 # ------------------------------------------------------------ sender: engine -> I/O

@@ -110,6 +110,7 @@ class Endpoint:
         self._readers: set[asyncio.Task[None]] = set()
         self._closing: set[asyncio.Task[None]] = set()
         self._pumping = False
+        self._is_closing = False
 
     # ------------------------------------------------------------ for the worker
 
@@ -145,6 +146,7 @@ class Endpoint:
 
     async def close(self) -> None:
         """Close all sockets. What is still live is not reported: drain or reset before."""
+        self._is_closing = True
         await cancel([*self._tasks, *self._readers])
         for listener in self._listeners:
             listener.close()
@@ -293,7 +295,10 @@ class Endpoint:
     def _flush(self) -> None:
         """Send what the state machines have queued, hand their events to the engine.
 
-        Before an event gives blocks back to the engine their bytes are let go of."""
+        Before an event gives blocks back to the engine their bytes are let go of. Nothing once
+        the endpoint closes: a link that is still live would get a new channel."""
+        if self._is_closing:
+            return
         self._intake.abandon_ended()
         for outlet in [channel.outlet for channel in self._channels.values()]:
             if outlet is not None and outlet.reading is not None:

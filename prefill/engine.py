@@ -173,6 +173,6 @@ class PrefillEngine(Engine):
             output = to_output(sequence, choice, draw, self.limits, cached)
             self.emit(sequence.router, output)
             if not output.finish:
-                first.append(First(choice, draw.token, draw.logprob))
+                first.append(First(choice, draw.token, draw.logprob, cached))
         self.metrics.generated_tokens.inc(len(sampled))
         return tuple(first)

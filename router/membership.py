@@ -16,9 +16,8 @@ log = logging.getLogger(__name__)
 
 
 def content_ids(directory: Path) -> frozenset[str]:
-    """`content_id` of the checkpoint in each dtype and quantization that
-    workers may choose; empty if the directory
-    has no weights, only the files that a router needs. Reads a few MiB."""
+    """`content_id` of the checkpoint in each dtype and quantization that workers may choose; empty
+    if the directory has no weights, only the files that a router needs. Reads a few MiB."""
     try:
         return frozenset(
             content_id(directory, dtype, quantization)

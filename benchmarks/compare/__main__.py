@@ -1,7 +1,7 @@
 """`python -m benchmarks.compare`: every installed system, one at a time, under the same loads.
 
 Systems take turns over the repeats (A B C, A B C, ...), so that a machine whose speed drifts does
-not favour one of them. Each turn starts the system anew.
+not favour one of them. Each turn starts the system anew, and what was measured is written after it.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +91,15 @@ def turn(
     return found
 
 
+Measurements = dict[tuple[str, str], list[Figures]]
+"""(system, load) -> figures of each repeat."""
+
+
 def compare(
     shape: str, chosen_systems: Sequence[System], loads: Sequence[Load], args: argparse.Namespace
-) -> dict[tuple[str, str], list[Figures]]:
-    """All turns of one checkpoint."""
-    measurements: dict[tuple[str, str], list[Figures]] = defaultdict(list)
+) -> Iterator[Measurements]:
+    """All turns of one checkpoint; after each, everything measured so far."""
+    measurements: Measurements = defaultdict(list)
     for repeat in range(args.repeats):
         for system in chosen_systems:
             try:
@@ -105,7 +109,24 @@ def compare(
                 continue
             for load, figures in found.items():
                 measurements[system.name, load].append(figures)
-    return measurements
+            yield measurements
+
+
+def summary(
+    measurements: Measurements,
+    chosen_systems: Sequence[System],
+    loads: Sequence[Load],
+    baseline: str,
+) -> dict[str, Any]:
+    """What is kept of one checkpoint: the table, and every figure behind it."""
+    titles = {system.name: system.title for system in chosen_systems}
+    return {
+        "table": table(measurements, titles, loads, baseline),
+        "measurements": [
+            {"system": system, "load": load, "repeats": figures}
+            for (system, load), figures in measurements.items()
+        ],
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -128,29 +149,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     result["busy_share"] = machine.busy_share()
     if result["busy_share"] > BUSY:
         print(f"The machine is {result['busy_share']:.0%} busy already: figures are doubtful.")
-    complete = True
-    for shape in shapes:
-        measurements = compare(shape, installed, loads, args)
-        expected = len(installed) * len(loads) * args.repeats
-        complete &= sum(map(len, measurements.values())) == expected
-        text = table(measurements, {s.name: s.title for s in installed}, loads, args.baseline)
-        print(
-            f"\n{shape}, medians of {args.repeats}, ratios to {args.baseline} (above 1 is better)"
-        )
-        print(text, flush=True)
-        result["shapes"][shape] = {
-            "table": text,
-            "measurements": [
-                {"system": system, "load": load, "repeats": figures}
-                for (system, load), figures in measurements.items()
-            ],
-        }
     date = result["date"].replace(":", "").replace("+0000", "Z")
     # What a short run says is no result.
     directory = CACHE if args.quick else RESULTS
     path = args.output or directory / f"compare-{date}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    complete = True
+    for shape in shapes:
+        measured = 0
+        for measurements in compare(shape, installed, loads, args):
+            measured = sum(map(len, measurements.values()))
+            result["shapes"][shape] = summary(measurements, installed, loads, args.baseline)
+            path.write_text(json.dumps(result, indent=1) + "\n")
+        complete &= measured == len(installed) * len(loads) * args.repeats
+        if measured:
+            print(f"\n{shape}, medians of {args.repeats}, ratios to {args.baseline} (above 1 is "
+                  f"better)\n{result['shapes'][shape]['table']}", flush=True)  # fmt: skip
     print(f"\n{path}")
     return 0 if complete else 1
 

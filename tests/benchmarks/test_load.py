@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import load, serve
 from benchmarks.run import Run, run
-from deploy import random_model
+from common import random_model
 from tests.benchmarks.test_serve import arguments
 
 ROLE = {"delta": {"role": "assistant", "content": ""}, "index": 0}

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import redis
 
-from deploy import random_model
+from common import random_model
 from deploy.redis_server import RedisServer, answers
 from tests.deployment import Deployment
 

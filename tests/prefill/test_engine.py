@@ -85,7 +85,7 @@ def test_blocks_are_offered_after_each_chunk() -> None:
     assert commands == [
         Offer(key, (BlockRef(2, 2, 16), BlockRef(3, 3, 16))),
         Offer(key, (BlockRef(4, 4, 6),)),
-        Close(key, (First(0, token, None),)),
+        Close(key, (First(0, token, None, 0),)),
     ]
     assert outputs(messages) == [Output(1, 0, 0, 0, (token,), cached_tokens=0)]
     assert engine.blocks.ledger().leased == 5 and not engine.idle()
@@ -139,7 +139,7 @@ def test_ended_choices_are_not_handed_over() -> None:
     ended = stub_token(1, 1, 20)
     engine.take(work(1, prompt_of(20), choices=(0, 1), stop=(ended,)), 0.0)
     commands, messages = step(engine)
-    assert commands[-1] == Close(Key(1, 0), (First(0, stub_token(1, 0, 20), None),))
+    assert commands[-1] == Close(Key(1, 0), (First(0, stub_token(1, 0, 20), None, 0),))
     assert [(o.choice, o.finish, o.stop_token) for o in outputs(messages)] == [
         (0, "", -1),
         (1, "stop", ended),

@@ -62,12 +62,14 @@ class Handoffs:
     """What the KV transfers of a whole deployment would bring: attempts that were prefilled."""
 
     def __init__(self) -> None:
-        self.arrived: set[tuple[int, int]] = set()
+        self.arrived: dict[tuple[int, int], int] = {}
+        """(request, attempt) -> tokens of the prompt that the prefill worker's cache held."""
         self.more = asyncio.Event()
         """Set, and replaced by a new one, when something arrived."""
 
-    def add(self, request: int, attempt: int) -> None:
-        self.arrived.add((request, attempt))
+    def add(self, output: Output) -> None:
+        key = (output.request, output.attempt)
+        self.arrived[key] = max(output.cached_tokens, self.arrived.get(key, -1))
         more, self.more = self.more, asyncio.Event()
         more.set()
 
@@ -289,22 +291,30 @@ class StubWorker:
                     wait.cancel()
 
     def _is_ready(self, sequence: _Sequence) -> bool:
-        key = (sequence.request, sequence.attempt)
-        return not sequence.awaits_kv or key in self._handoffs.arrived
+        if not sequence.awaits_kv:
+            return True
+        cached = self._handoffs.arrived.get((sequence.request, sequence.attempt))
+        if cached is None:
+            return False
+        sequence.awaits_kv = False
+        sequence.cached_tokens = cached
+        return True
 
     def _step(self, ready: Sequence[_Sequence]) -> None:
         self.steps += 1
         outputs: dict[bytes, list[Output]] = {}
+        prefilled: list[Output] = []
         for sequence in ready:
             output = sequence.step()
             outputs.setdefault(sequence.router, []).append(output)
+            if self.info.role == "prefill":
+                prefilled.append(output)
             if output.finish or self.info.role == "prefill":
                 self._running.remove(sequence)
         for router, some in outputs.items():
             self._link.send(router, Step(tuple(some), self.load()))
-        if self.info.role == "prefill":
-            for sequence in ready:
-                self._handoffs.add(sequence.request, sequence.attempt)
+        for output in prefilled:
+            self._handoffs.add(output)
         if self.steps >= self.ends_at:
             self.gate.clear()
 

@@ -18,13 +18,17 @@ from tests.router.test_recovery import PROMPT, carrier, idle
 from tests.worker_info import worker_info
 
 
-def test_workers_of_the_same_weights_in_any_dtype_are_let_in(
+def test_workers_of_the_same_weights_in_any_form_are_let_in(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "config.json").write_text("{}")
     save_file({"w": zeros(4)}, tmp_path / "model.safetensors")
     ours = content_ids(tmp_path)
-    assert ours == {content_id(tmp_path, dtype) for dtype in ("bfloat16", "float16", "float32")}
+    assert ours == {
+        content_id(tmp_path, dtype, quantization)
+        for dtype in ("bfloat16", "float16", "float32")
+        for quantization in ("none", "int8", "int4", "w8a8")
+    }
     membership = Membership("t0", ours)
     for one in ours:
         assert membership.admits(worker_info(content_id=one))

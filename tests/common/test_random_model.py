@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from common import random_model
 from common.model.spec import load_spec
-from deploy import random_model
 
 
 @pytest.fixture(scope="module")
