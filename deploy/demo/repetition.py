@@ -9,6 +9,7 @@ n-gram already seen less likely; it reaches the loops that the model really fall
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ import torch
 from torch.nn import functional
 
 PREFIX, CONTINUATION, NGRAM = 8, 64, 4
-UNLIKELIHOOD_WEIGHT = 4.0  # relative to pseudo repetition
+OFTEN = 2  # what occurs a third time is a loop; twice is prose
+WEIGHTS = 0.5, 2.0  # of pseudo repetition and of unlikelihood, beside cross entropy
 SHORTEST, LONGEST = 3, 40  # tokens of a span that is repeated
 DAMPING = 0.5  # the probability of a token relative to that one repetition earlier
 
@@ -60,14 +62,14 @@ def pseudo_repetition(
 
 
 def completed(tokens: list[int], start: int) -> list[int]:
-    """The positions from ``start`` on that complete an n-gram which occurred before."""
-    seen: set[tuple[int, ...]] = set()
+    """The positions from ``start`` on that complete an n-gram which occurred ``OFTEN`` times."""
+    seen: Counter[tuple[int, ...]] = Counter()
     found = []
     for end in range(NGRAM, len(tokens) + 1):
         gram = tuple(tokens[end - NGRAM : end])
-        if gram in seen and end > start:
+        if seen[gram] >= OFTEN and end > start:
             found.append(end - 1)
-        seen.add(gram)
+        seen[gram] += 1
     return found
 
 

@@ -35,7 +35,7 @@ CONTEXT = 2048
 BATCH, LENGTH, HALVES = 16, 256, 2  # of most steps
 LONG_BATCH, LONG_EVERY, LONG_FROM = 2, 8, 0.6  # every eighth step, the whole context
 PEAK_RATE, WARMUP, DECAY_FROM = 3e-3, 100, 0.6
-POLISH_RATE = 6e-4
+POLISH_RATE = 3e-4
 
 
 def rate(step: int, steps: int, polish: int) -> float:
@@ -79,7 +79,7 @@ def repeats(
     starts = repetition.beginnings(tokens, special.bos, special.assistant, special.newline)
     unlikely = repetition.unlikelihood(model, starts, special.eos)
     pseudo = repetition.pseudo_repetition(model, tokens, rng, special.count)
-    return pseudo + repetition.UNLIKELIHOOD_WEIGHT * unlikely
+    return repetition.WEIGHTS[0] * pseudo + repetition.WEIGHTS[1] * unlikely
 
 
 def gradients(
