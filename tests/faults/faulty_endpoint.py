@@ -3,13 +3,14 @@ hook between header and copy (shm, where no proxy fits)."""
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from queue import SimpleQueue
 from random import Random
 
 from common.config import TimerConfig
 from kvtransfer import shm_transport
+from kvtransfer.copying import address_of
 from kvtransfer.endpoint import Endpoint
 from kvtransfer.identity import EndpointIdentity
 from kvtransfer.memory import BlockMemory
@@ -48,8 +49,8 @@ class FaultyEndpoint(Endpoint):
         if spec.transport == "shm":
             if spec.flip:
                 # The module's own name for it: the hook is between header and copy.
-                plain: Copy = vars(shm_transport)["copy_block"]
-                vars(shm_transport)["copy_block"] = flipping(plain, spec.flip, self._injected)
+                plain: CopyBlocks = vars(shm_transport)["copy_blocks"]
+                vars(shm_transport)["copy_blocks"] = flipping(plain, spec.flip, self._injected)
         elif spec.flip or spec.network:
             addresses = self._receiver.data
             self._proxy = Proxy(addresses[spec.transport], seed=self._sender.identity.epoch)
@@ -80,19 +81,31 @@ class FaultyEndpoint(Endpoint):
         return FaultyStats(**counts, injected=injected.copy())
 
 
-Copy = Callable[[memoryview, memoryview], int]
+CopyBlocks = Callable[
+    [memoryview, int, Sequence[int], Sequence[memoryview | None], int], list[int | None]
+]
+"""`kvtransfer.copying.copy_blocks`."""
 
 
-def flipping(copy: Copy, probability: float, injected: "Counter[str]") -> Copy:
-    """A copy that sometimes finds a flipped bit in the sender's memory."""
+def flipping(copy: CopyBlocks, probability: float, injected: "Counter[str]") -> CopyBlocks:
+    """A copy that finds a flipped bit in some of the sender's blocks; the pool itself is not
+    harmed."""
     random = Random(1)
 
-    def damaged(source: memoryview, target: memoryview) -> int:
-        if random.random() >= probability:
-            return copy(source, target)
-        injected["flipped"] += 1
-        found = bytearray(source)
-        found[random.randrange(len(found))] ^= 1 << random.randrange(8)
-        return copy(memoryview(found), target)
+    def damaged(
+        source: memoryview,
+        address: int,
+        offsets: Sequence[int],
+        slabs: Sequence[memoryview | None],
+        block_bytes: int,
+    ) -> list[int | None]:
+        found = bytearray().join(source[at : at + block_bytes] for at in offsets)
+        starts = range(0, len(found), block_bytes)
+        for start, slab in zip(starts, slabs, strict=True):
+            if slab is not None and random.random() < probability:
+                injected["flipped"] += 1
+                found[start + random.randrange(block_bytes)] ^= 1 << random.randrange(8)
+        view = memoryview(found)
+        return copy(view, address_of(view), starts, slabs, block_bytes)
 
     return damaged

@@ -37,7 +37,7 @@ from common.messages import (
     WorkerInfo,
 )
 from common.sampling import SamplingParams
-from tests.faults.spec import Born, Dying, Ended, Report, Spec
+from tests.faults.spec import Armed, Born, Dying, Ended, Report, Spec
 from tests.redis_server import RedisServer
 from tests.stub import stub_token
 
@@ -54,6 +54,7 @@ class Life:
     spec: Spec
     info: WorkerInfo | None = None
     up: bool = False
+    armed: bool = False
     last_words: str = ""
     code: int | None = None
     signalled: set[signal.Signals] = field(default_factory=set)
@@ -126,6 +127,11 @@ class Fleet:
     def signal(self, life: Life, number: signal.Signals) -> None:
         life.signalled.add(number)
         os.kill(life.pid, number)
+
+    async def arm(self, life: Life) -> None:
+        """From now on the victim dies at its step; under load it may have died already."""
+        self.signal(life, signal.SIGUSR1)
+        await self.until(lambda: life.armed or life.code is not None)
 
     def ups(self, role: str) -> list[Life]:
         return [life for life in self.lives if life.up and life.spec.role == role]
@@ -355,6 +361,8 @@ class Fleet:
                     case Born(_, info):
                         life.info = info
                         self._link.connect(info)
+                    case Armed():
+                        life.armed = True
                     case Dying(_, step):
                         life.last_words = step
                     case Ended(name, _, code):

@@ -57,6 +57,12 @@ class Born(msgspec.Struct, frozen=True, tag="born"):
     info: WorkerInfo
 
 
+class Armed(msgspec.Struct, frozen=True, tag="armed"):
+    """From now on the step at which the worker is to die counts."""
+
+    name: str
+
+
 class Dying(msgspec.Struct, frozen=True, tag="dying"):
     """The last words of a worker that is about to kill itself."""
 
@@ -72,4 +78,4 @@ class Ended(msgspec.Struct, frozen=True, tag="ended"):
     code: int
 
 
-Report = Born | Dying | Ended
+Report = Born | Armed | Dying | Ended

@@ -9,9 +9,10 @@ import faulthandler
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Thread
 from types import FrameType
 
 import msgspec
@@ -31,7 +32,7 @@ from decode.engine import DecodeEngine
 from kvtransfer.identity import EndpointIdentity
 from prefill.engine import PrefillEngine
 from tests.faults.faulty_endpoint import FaultyEndpoint
-from tests.faults.spec import Born, Dying, Report, Spec
+from tests.faults.spec import Armed, Born, Dying, Report, Spec
 from tests.faults.sudden_death import SuddenDeath
 from tests.stub import EOS, VOCAB, StubPool, StubRunner, stub_limits
 
@@ -102,12 +103,14 @@ def run(spec: Spec) -> int:
     if spec.die_at:
         death = SuddenDeath(spec.die_at, spec.die_after, lambda step: say(Dying(spec.name, step)))
         death.watch(endpoint, engine.runner)
-        signal.signal(signal.SIGUSR1, lambda number, frame: death.arm())
+
+        def arm() -> None:
+            death.arm()
+            say(Armed(spec.name))
+
+        obey(signal.SIGUSR1, arm)
     if spec.network:
-        signal.signal(
-            signal.SIGUSR2,
-            lambda number, frame: endpoint.loop.call_soon_threadsafe(endpoint.toggle),
-        )
+        obey(signal.SIGUSR2, lambda: endpoint.loop.call_soon_threadsafe(endpoint.toggle))
     host = Host(config, info, endpoint, inbox, engine.metrics)
 
     def drain(number: int, frame: FrameType | None) -> None:
@@ -121,6 +124,19 @@ def run(spec: Spec) -> int:
     finally:
         host.stop()
     return 0
+
+
+def obey(number: signal.Signals, do: Callable[[], object]) -> None:
+    """Call `do` upon every signal of this number, at once: a handler would wait until the engine's
+    thread wakes up. To be called before other threads are started, which inherit the mask."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+
+    def wait() -> None:
+        while True:
+            signal.sigwait({number})
+            do()
+
+    Thread(target=wait, name=number.name, daemon=True).start()
 
 
 def describe(spec: Spec) -> WorkerInfo:

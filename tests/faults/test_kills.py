@@ -50,7 +50,7 @@ async def test_kills_at_random_steps(way: str, volume: Volume) -> None:
 
 async def kill(fleet: Fleet, victim: Life) -> bool:
     """Whether it died at the step that was planned."""
-    fleet.signal(victim, signal.SIGUSR1)
+    await fleet.arm(victim)
     try:
         await fleet.until(lambda: victim.code is not None, timeout_s=REACHED_S)
     except AssertionError:

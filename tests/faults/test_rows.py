@@ -60,7 +60,7 @@ async def test_killed_decode_worker_frees_the_prefill_worker(way: str, step: str
         await workers.birth("prefill")
         victim = await workers.birth("decode", die_at=step)
         workers.resumes = False
-        workers.signal(victim, signal.SIGUSR1)
+        await workers.arm(victim)
         workers.submit(list(range(80)), 8)
         await workers.until(lambda: victim.code is not None)
         await nothing_held(workers, HELD_S)
@@ -83,7 +83,7 @@ async def test_killed_prefill_worker_frees_the_decode_worker(way: str, step: str
         victim = await workers.birth("prefill", die_at=step, step_s=0.05)
         await workers.birth("decode")
         workers.resumes = False
-        workers.signal(victim, signal.SIGUSR1)
+        await workers.arm(victim)
         request = workers.submit(list(range(80)), 8)
         await workers.until(lambda: victim.code is not None)
         assert await nothing_held(workers, VERDICT_S) <= VERDICT_S
