@@ -2,6 +2,8 @@
 
 import asyncio
 
+import pytest
+
 from tests.faults.fleet import Fleet, Request, fleet
 from tests.faults.invariants import SLACK_S, Baseline, check, nothing_held
 from tests.faults.volume import Volume
@@ -49,6 +51,14 @@ async def test_random_aborts(way: str, volume: Volume) -> None:
         )
 
 
+@pytest.mark.parametrize(
+    "way",
+    [
+        "tcp",
+        pytest.param("shm", marks=pytest.mark.full),
+        pytest.param("zmq", marks=pytest.mark.full),
+    ],
+)
 async def test_abort_storm(way: str) -> None:
     """F20: 80 % of many requests leave at once; the others and new ones go on as before."""
     async with fleet(way, seed=2) as workers:

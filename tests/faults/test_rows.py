@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Final
 
 import msgspec
 import pytest
@@ -49,9 +50,9 @@ async def injected(workers: Fleet, life: Life, name: str, at_least: float) -> fl
     ("way", "step"),
     [
         ("shm", "begin.after"),
-        ("tcp", "grant.after"),
+        pytest.param("tcp", "grant.after", marks=pytest.mark.full),
         ("zmq", "land.before"),
-        ("tcp", "arrive.after"),
+        pytest.param("tcp", "arrive.after", marks=pytest.mark.full),
     ],
 )
 async def test_killed_decode_worker_frees_the_prefill_worker(way: str, step: str) -> None:
@@ -72,9 +73,9 @@ async def test_killed_decode_worker_frees_the_prefill_worker(way: str, step: str
     ("way", "step"),
     [
         ("tcp", "offer.before"),
-        ("zmq", "ticket.after"),
+        pytest.param("zmq", "ticket.after", marks=pytest.mark.full),
         ("shm", "ship.after"),
-        ("tcp", "close.before"),
+        pytest.param("tcp", "close.before", marks=pytest.mark.full),
     ],
 )
 async def test_killed_prefill_worker_frees_the_decode_worker(way: str, step: str) -> None:
@@ -116,7 +117,10 @@ def state(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
 
 
-@pytest.mark.parametrize(("way", "role"), [("shm", "prefill"), ("zmq", "decode")])
+@pytest.mark.parametrize(
+    ("way", "role"),
+    [("shm", "prefill"), pytest.param("zmq", "decode", marks=pytest.mark.full)],
+)
 async def test_stopped_worker_that_wakes_up_is_fenced(way: str, role: str, volume: Volume) -> None:
     """F8: 10 s in a full run; longer than the lease in any."""
     stopped_s = max(10.0 * (volume.name != "small"), TIMERS.lease_s + 3 * TIMERS.heartbeat_s)
@@ -144,7 +148,7 @@ async def test_stopped_worker_that_wakes_up_is_fenced(way: str, role: str, volum
 # ------------------------------------------------------------ F9, F10, F12: the network
 
 
-@pytest.mark.parametrize("way", ["tcp", "zmq"])
+@pytest.mark.parametrize("way", ["tcp", pytest.param("zmq", marks=pytest.mark.full)])
 async def test_black_hole(way: str) -> None:
     """F9: sockets stay open and nothing passes; a verdict within S + 1 s, and service after it."""
     async with fleet(way) as workers:
@@ -182,19 +186,29 @@ async def test_slow_but_moving() -> None:
         await check(workers, {"throttled": (throttled, 8), "seconds": (took_s, TIMERS.stall_s)})
 
 
-@pytest.mark.parametrize("way", ["tcp", "zmq"])
+CONNECTIONS: Final = [
+    # name, faults of the proxy, how often at least; the transport of a small run
+    ("reset", {"reset": 0.1}, 10, "tcp"),
+    ("sliced", {"slice_bytes": 11.0}, 200, "zmq"),
+    ("half_close", {"half_close": 1.0}, 1, "tcp"),
+    ("late", {"delay_s": 0.03, "cut_senders": 1.0}, 1, "zmq"),
+    ("cut", {"cut": 1.0}, 1, "tcp"),
+]
+
+
 @pytest.mark.parametrize(
-    ("network", "name", "most"),
+    ("way", "name", "network", "least"),
     [
-        ({"reset": 0.1}, "reset", 30),
-        ({"slice_bytes": 11.0}, "sliced", 200),
-        ({"half_close": 1.0}, "half_close", 1),
-        ({"delay_s": 0.03, "cut_senders": 1.0}, "late", 1),
-        ({"cut": 1.0}, "cut", 1),
+        pytest.param(
+            way, name, network, least,
+            marks=() if way == small else pytest.mark.full,
+            id=f"{name}-{way}",
+        )
+        for name, network, least, small in CONNECTIONS
+        for way in ("tcp", "zmq")
     ],
-    ids=["resets", "slicer", "half-close", "late-connection", "cut"],
-)
-async def test_connections(way: str, network: dict[str, float], name: str, most: int) -> None:
+)  # fmt: skip
+async def test_connections(way: str, name: str, network: dict[str, float], least: int) -> None:
     """F10: a lost connection is not a failed transfer, and what comes late harms nobody."""
     async with fleet(way) as workers:
         prefill = await workers.birth("prefill")
@@ -206,11 +220,11 @@ async def test_connections(way: str, network: dict[str, float], name: str, most:
                 workers.signal(decode, signal.SIGUSR2)
                 await asyncio.sleep(0.1)
             workers.signal(decode, signal.SIGUSR2)
-            count = await injected(workers, decode, name, most)
+            count = await injected(workers, decode, name, least)
             workers.signal(decode, signal.SIGUSR2)
         await workers.serve(10)
         await baseline.check()
-        await check(workers, {name: (count, most)})
+        await check(workers, {name: (count, least)})
 
 
 # ------------------------------------------------------------ F16, F23, F26: identities
