@@ -126,8 +126,8 @@ async def test_stopped_worker_that_wakes_up_is_fenced(way: str, role: str, volum
     stopped_s = max(10.0 * (volume.name != "small"), TIMERS.lease_s + 3 * TIMERS.heartbeat_s)
     async with fleet(way) as workers:
         for _ in range(2):
-            await workers.birth("prefill", step_s=0.001)
-            await workers.birth("decode", step_s=0.001)
+            await workers.birth("prefill", step_s=0.01)
+            await workers.birth("decode", step_s=0.01)
         victim = workers.ups(role)[0]
         epoch = peer_of(victim).epoch
         async with clients(workers):
