@@ -1,5 +1,7 @@
 """Tests that ask for `way` run over each transport; those marked `full` in full runs alone."""
 
+from pathlib import Path
+
 import pytest
 
 from kvtransfer.transports import ORDER
@@ -19,3 +21,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         doubles = [item for item in items if item.get_closest_marker("full")]
         config.hook.pytest_deselected(items=doubles)
         items[:] = [item for item in items if not item.get_closest_marker("full")]
+        return
+    for item in items:
+        if item.path.parent == Path(__file__).parent:
+            item.add_marker(pytest.mark.timeout(0))  # long runs are meant to be long
