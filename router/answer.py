@@ -1,7 +1,8 @@
-"""The answer to one HTTP call, in chunks or whole: what both OpenAI dialects share.
+"""The answer to one HTTP call, in chunks or whole: what the OpenAI dialects share.
 
 `router.reply` hands every Delta to `take`, in order; then asks for its `chunk` (streaming) or at
-the end for `whole`. The dialects are `router.completion_answer` and `router.chat_answer`.
+the end for `whole`. The dialects are `router.completion_answer`, `router.chat_answer`
+and `router.response_answer`.
 """
 
 import time
@@ -12,7 +13,9 @@ from uuid import uuid4
 
 import msgspec
 
+from common.errors import RequestError
 from common.messages import TokenLogprob
+from router import errors
 from router.request import Delta, Request
 from router.token_text import TokenText
 
@@ -59,7 +62,7 @@ def event(value: object) -> bytes:
 
 
 class Answer:
-    """One of the two dialects; `object_*` and `prefix` are their names for things."""
+    """One of the dialects; `object_*` and `prefix` are their names for things."""
 
     prefix: ClassVar[str]
     object_whole: ClassVar[str]
@@ -114,6 +117,10 @@ class Answer:
         if not self._options.include_usage:
             return DONE
         return event({**self._envelope(self.object_chunk, []), "usage": self.usage()}) + DONE
+
+    def failure(self, error: RequestError) -> bytes:
+        """The end of a stream that cannot go on; no `[DONE]`: nobody takes it for a whole one."""
+        return b"data: " + errors.body(error) + b"\n\n"
 
     def whole(self) -> bytes:
         """The answer of a call that is not streamed."""

@@ -30,6 +30,7 @@ from router.intake import Intake, unknown_model
 from router.keys import Keys
 from router.metrics import RouterMetrics
 from router.reply import Reply
+from router.responses import respond
 from router.schemas import ChatBody, CompletionBody, parse
 from router.service import Service
 from router.text_api import no_embeddings
@@ -95,6 +96,11 @@ def create_app(parts: Parts) -> FastAPI:
         data = await read_json(request, parts.max_body_bytes)
         call = await intake.chat(parse(ChatBody, data), label_of(request), tenant_of(request))
         return Reply(call, service)
+
+    @app.post("/v1/responses")
+    async def responses(request: HttpRequest) -> Response:
+        data = await read_json(request, parts.max_body_bytes)
+        return Reply(await respond(intake, data, label_of(request), tenant_of(request)), service)
 
     @app.post("/tokenize")
     async def tokenize(request: HttpRequest) -> Response:

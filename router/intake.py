@@ -5,7 +5,7 @@ for and cannot have is a RequestError here, before anything was sent to a worker
 """
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -37,6 +37,10 @@ GREEDY_BELOW: Final = 1e-5
 """Temperatures that only greedy sampling can represent in float32."""
 LONGEST_ID: Final = 10
 """Digits of a token id."""
+
+
+Dialect = Callable[[str, TokenText, Sequence[Request], Options, Manner], ChatAnswer]
+"""How a chat is told to its client."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +106,9 @@ class Intake:
         answer = CompletionAnswer(self._model, self._token_text, requests, options, echo)
         return Call(requests, events, answer, bool(body.stream))
 
-    async def chat(self, body: ChatBody, label: str, tenant: str = "") -> Call:
+    async def chat(
+        self, body: ChatBody, label: str, tenant: str = "", dialect: Dialect = ChatAnswer
+    ) -> Call:
         """Raises RequestError."""
         self._check_model(body.model)
         if body.top_logprobs is not None and not body.logprobs:
@@ -127,7 +133,7 @@ class Intake:
         rule = _rule(body, self._visible if manner.format != "none" else frozenset())
         requests, events = self._requests(body, [prompt], params, label, body.n or 1, rule, tenant)
         options = _options(body, logprobs)
-        answer = ChatAnswer(self._model, self._token_text, requests, options, manner)
+        answer = dialect(self._model, self._token_text, requests, options, manner)
         return Call(requests, events, answer, bool(body.stream))
 
     async def _grammar(self, body: SamplingBody, limits: Limits) -> str:

@@ -85,8 +85,7 @@ class Reply(Response):
         over = False
         while item is not None and not over:
             if isinstance(item, RequestError):
-                # The end of the stream, without `[DONE]`: nobody takes it for a whole answer.
-                parts.append(b"data: " + errors.body(item) + b"\n\n")
+                parts.append(answer.failure(item))
                 over = True
             else:
                 parts.append(self._chunk(item))

@@ -8,20 +8,13 @@ every list and dict has a most length that is looked at first, every list fails 
 keys are looked for before the values are.
 """
 
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from common.errors import RequestError
-from router.nesting import is_small
+from router.fields import SHOWN, Body, Free, Strict, at_most, check_free, refuse, validated
 
 MAX_N: Final = 128
 MAX_PROMPTS: Final = 256
@@ -42,64 +35,25 @@ MAX_METADATA: Final = 64
 MAX_COUNT: Final = 2**31 - 1
 """Of counts of tokens; the context of the model decides below this."""
 _INT64: Final = 2**63
-_SHOWN: Final = 64
-"""Characters of a client's name for something that an error repeats."""
 
 
-def _at_most(count: int) -> BeforeValidator:
-    """Refuse a longer list or dict before anything in it is looked at."""
-
-    def check(value: object) -> object:
-        if isinstance(value, list | dict) and len(value) > count:
-            raise PydanticCustomError("too_long", "should have at most {n} items", {"n": count})
-        return value
-
-    return BeforeValidator(check)
-
-
-def _check_free(value: object) -> object:
-    """What is not read beyond a comparison may still not be endless."""
-    if not is_small(value):
-        raise PydanticCustomError("too_long", "should be smaller and less deeply nested")
-    return value
-
-
-_Free = Annotated[Any, BeforeValidator(_check_free)]
 _Token = Annotated[int, Field(ge=0, lt=2**31)]
-_Tokens = Annotated[list[_Token], Field(min_length=1, fail_fast=True), _at_most(MAX_PROMPT_TOKENS)]
+_Tokens = Annotated[list[_Token], Field(min_length=1, fail_fast=True), at_most(MAX_PROMPT_TOKENS)]
 _Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
-_Stops = Annotated[list[_Stop], Field(fail_fast=True), _at_most(MAX_STOPS)]
-_StopIds = Annotated[list[_Token], Field(fail_fast=True), _at_most(MAX_STOPS)]
+_Stops = Annotated[list[_Stop], Field(fail_fast=True), at_most(MAX_STOPS)]
+_StopIds = Annotated[list[_Token], Field(fail_fast=True), at_most(MAX_STOPS)]
 _Bias = Annotated[float, Field(ge=-100, le=100)]
-_Biases = Annotated[dict[str, _Bias], _at_most(MAX_LOGIT_BIAS)]
+_Biases = Annotated[dict[str, _Bias], at_most(MAX_LOGIT_BIAS)]
 
 
-class _Strict(BaseModel):
-    """No conversions ("16" is not 16), no infinities, no unknown fields."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _knows_keys(cls, data: object) -> object:
-        """pydantic would make an error of each unknown key."""
-        if isinstance(data, dict):
-            for key in data:
-                if key not in cls.model_fields:
-                    raise PydanticCustomError(
-                        "unknown_parameter", "unknown key", {"key": key[:_SHOWN]}
-                    )
-        return data
-
-
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
     include_obfuscation: bool | None = None
     """Accepted without effect: nothing is padded."""
 
 
-class SamplingBody(_Strict):
+class SamplingBody(Strict):
     """What completions and chat completions share."""
 
     model: Annotated[str, Field(max_length=1_024)] | None = None
@@ -128,17 +82,17 @@ class SamplingBody(_Strict):
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     truncate_prompt_tokens: int | None = Field(None, ge=-1, le=MAX_COUNT)
     priority: int | None = Field(None, ge=-(2**31), lt=2**31)
-    response_format: _Free = None
-    structured_outputs: _Free = None
-    guided_choice: _Free = None
-    guided_grammar: _Free = None
-    guided_json: _Free = None
-    guided_regex: _Free = None
+    response_format: Free = None
+    structured_outputs: Free = None
+    guided_choice: Free = None
+    guided_grammar: Free = None
+    guided_json: Free = None
+    guided_regex: Free = None
     cache_salt: Annotated[str, Field(max_length=256)] | None = None
 
     # Accepted without effect.
     user: str | None = None
-    metadata: Annotated[dict[str, _Free], _at_most(MAX_METADATA)] | None = None
+    metadata: Annotated[dict[str, Free], at_most(MAX_METADATA)] | None = None
     store: bool | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
@@ -146,27 +100,27 @@ class SamplingBody(_Strict):
     prompt_cache_retention: str | None = None
 
     # Known, but only in the values that ask for nothing: see `_NEUTRAL`.
-    allowed_token_ids: _Free = None
-    bad_words: _Free = None
-    length_penalty: _Free = None
-    spaces_between_special_tokens: _Free = None
-    use_beam_search: _Free = None
+    allowed_token_ids: Free = None
+    bad_words: Free = None
+    length_penalty: Free = None
+    spaces_between_special_tokens: Free = None
+    use_beam_search: Free = None
 
 
 class CompletionBody(SamplingBody):
     prompt: (
         str
         | _Tokens
-        | Annotated[list[str], Field(min_length=1, fail_fast=True), _at_most(MAX_PROMPTS)]
-        | Annotated[list[_Tokens], Field(min_length=1, fail_fast=True), _at_most(MAX_PROMPTS)]
+        | Annotated[list[str], Field(min_length=1, fail_fast=True), at_most(MAX_PROMPTS)]
+        | Annotated[list[_Tokens], Field(min_length=1, fail_fast=True), at_most(MAX_PROMPTS)]
     )
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     best_of: int | None = Field(None, ge=1, le=MAX_N)
-    suffix: _Free = None
+    suffix: Free = None
 
 
-class TokenizeBody(_Strict):
+class TokenizeBody(Strict):
     """Of `/tokenize` with a text; a conversation is a ChatBody."""
 
     model: Annotated[str, Field(max_length=1_024)] | None = None
@@ -175,31 +129,31 @@ class TokenizeBody(_Strict):
     return_token_strs: bool | None = None
 
 
-class DetokenizeBody(_Strict):
+class DetokenizeBody(Strict):
     model: Annotated[str, Field(max_length=1_024)] | None = None
-    tokens: Annotated[list[_Token], Field(fail_fast=True), _at_most(MAX_PROMPT_TOKENS)]
+    tokens: Annotated[list[_Token], Field(fail_fast=True), at_most(MAX_PROMPT_TOKENS)]
 
 
-class TextPart(_Strict):
+class TextPart(Strict):
     type: Literal["text", "input_text", "output_text"]
     text: str
 
 
-class ToolFunction(_Strict):
+class ToolFunction(Strict):
     name: str
     arguments: str
 
 
-class ToolCall(_Strict):
+class ToolCall(Strict):
     id: str
     type: Literal["function"] = "function"
     function: ToolFunction
 
 
-class FunctionTool(_Strict):
+class FunctionTool(Strict):
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
     description: str | None = None
-    parameters: Annotated[dict[str, Any], BeforeValidator(_check_free)] | None = None
+    parameters: Annotated[dict[str, Any], BeforeValidator(check_free)] | None = None
     strict: bool | None = None
 
     @property
@@ -208,25 +162,25 @@ class FunctionTool(_Strict):
         return self.parameters or {"type": "object", "properties": {}}
 
 
-class Tool(_Strict):
+class Tool(Strict):
     type: Literal["function"]
     function: FunctionTool
 
 
-class _ToolName(_Strict):
+class _ToolName(Strict):
     name: str
 
 
-class NamedTool(_Strict):
+class NamedTool(Strict):
     type: Literal["function"]
     function: _ToolName
 
 
-_Parts = Annotated[list[TextPart], Field(fail_fast=True), _at_most(MAX_PARTS)]
-_ToolCalls = Annotated[list[ToolCall], Field(fail_fast=True), _at_most(MAX_TOOL_CALLS)]
+_Parts = Annotated[list[TextPart], Field(fail_fast=True), at_most(MAX_PARTS)]
+_ToolCalls = Annotated[list[ToolCall], Field(fail_fast=True), at_most(MAX_TOOL_CALLS)]
 
 
-class Message(_Strict):
+class Message(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | _Parts | None = None
     name: str | None = None
@@ -256,7 +210,7 @@ _Messages = Annotated[
     list[Message],
     Field(min_length=1, fail_fast=True),
     BeforeValidator(_check_total),
-    _at_most(MAX_MESSAGES),  # the last one is the first to be asked
+    at_most(MAX_MESSAGES),  # the last one is the first to be asked
 ]
 
 
@@ -266,22 +220,22 @@ class ChatBody(SamplingBody):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     add_generation_prompt: bool | None = None
-    audio: _Free = None
-    chat_template: _Free = None
-    chat_template_kwargs: Annotated[dict[str, _Free], _at_most(MAX_METADATA)] | None = None
+    audio: Free = None
+    chat_template: Free = None
+    chat_template_kwargs: Annotated[dict[str, Free], at_most(MAX_METADATA)] | None = None
     continue_final_message: bool | None = None
-    tools: Annotated[list[Tool], Field(fail_fast=True), _at_most(MAX_TOOLS)] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True), at_most(MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Annotated[str, Field(max_length=64)] | None = None
-    documents: _Free = None
-    echo: _Free = None
-    function_call: _Free = None
-    functions: _Free = None
-    modalities: _Free = None
-    prediction: _Free = None
-    verbosity: _Free = None
-    web_search_options: _Free = None
+    documents: Free = None
+    echo: Free = None
+    function_call: Free = None
+    functions: Free = None
+    modalities: Free = None
+    prediction: Free = None
+    verbosity: Free = None
+    web_search_options: Free = None
 
     @property
     def forced_tool(self) -> str | None:
@@ -313,29 +267,13 @@ _NEUTRAL: Final[dict[str, tuple[object, ...]]] = {
     "web_search_options": (),
 }
 """Parameters that are not supported, with the values (besides null) that ask for nothing."""
+_OF_COMPLETIONS: Final = {name: values for name, values in _NEUTRAL.items() if name != "echo"}
 
-_Body = TypeVar("_Body", bound=_Strict)
 
-
-def parse(kind: type[_Body], data: object) -> _Body:
+def parse(kind: type[Body], data: object) -> Body:
     """`data` as a body. Raises RequestError (400)."""
-    if not isinstance(data, dict):
-        raise RequestError(400, "The request body must be a JSON object.")
-    try:
-        body = kind.model_validate(data)
-    except ValidationError as error:
-        raise _explain(error) from error
-    for name in body.model_fields_set & _NEUTRAL.keys():
-        value = getattr(body, name)
-        if isinstance(body, CompletionBody) and name == "echo":
-            continue
-        if value is not None and value not in _NEUTRAL[name]:
-            raise RequestError(
-                400,
-                f"The parameter '{name}' is not supported with this value.",
-                param=name,
-                code="unsupported_parameter",
-            )
+    body = validated(kind, data)
+    refuse(body, _OF_COMPLETIONS if isinstance(body, CompletionBody) else _NEUTRAL)
     if isinstance(body, SamplingBody) and body.stream_options is not None and not body.stream:
         message = "'stream_options' is only allowed with 'stream': true."
         raise RequestError(400, message, param="stream_options")
@@ -351,41 +289,8 @@ def _check_tools(body: ChatBody) -> None:
     if body.tool_choice not in (None, "none", "auto") and not names:
         raise RequestError(400, "'tool_choice' needs 'tools'.", param="tool_choice")
     if body.forced_tool is not None and body.forced_tool not in names:
-        message = f"There is no tool '{body.forced_tool[:_SHOWN]}' in 'tools'."
+        message = f"There is no tool '{body.forced_tool[:SHOWN]}' in 'tools'."
         raise RequestError(400, message, param="tool_choice")
     if body.continue_final_message and body.add_generation_prompt:
         message = "'continue_final_message' excludes 'add_generation_prompt'."
         raise RequestError(400, message, param="continue_final_message")
-
-
-def _explain(error: ValidationError) -> RequestError:
-    """The first problem, in OpenAI's words."""
-    problems = error.errors(include_url=False, include_input=False)
-    # In a union the members before complain of the type.
-    first = next((p for p in problems if p["type"] == "unknown_parameter"), problems[0])
-    name = str(first["loc"][0]) if first["loc"] else None
-    match first["type"]:
-        case "unknown_parameter":
-            # Of a key in a member of a union the location also names the member.
-            parts = [*(part for part in first["loc"] if "[" not in str(part)), first["ctx"]["key"]]
-            path = ".".join(map(str, parts))
-            return RequestError(
-                400, f"Unknown parameter: '{path}'.", param=path, code="unknown_parameter"
-            )
-        case "missing":
-            path = ".".join(map(str, first["loc"]))
-            return RequestError(
-                400,
-                f"Missing required parameter: '{path}'.",
-                param=path,
-                code="missing_required_parameter",
-            )
-    # Of a union each member complains; together they say what would be right.
-    same = [p for p in problems if p["loc"] and p["loc"][0] == name]
-    wanted = dict.fromkeys(p["msg"].removeprefix("Input ") for p in same[:8])
-    return RequestError(
-        400,
-        f"Invalid value for '{name}': input {', or '.join(wanted)}.",
-        param=name,
-        code="invalid_value" if "type" not in first["type"] else "invalid_type",
-    )

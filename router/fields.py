@@ -1,0 +1,116 @@
+"""What the request bodies are made of: strict models, bounded lists, and errors in OpenAI's words.
+
+`router.schemas` and `router.response_schemas` build on it. Validation ends at the first mistake:
+a list that is too long is refused before anything in it is looked at.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from common.errors import RequestError
+from router.nesting import is_small
+
+SHOWN: Final = 64
+"""Characters of a client's name for something that an error repeats."""
+
+
+def at_most(count: int) -> BeforeValidator:
+    """Refuse a longer list or dict before anything in it is looked at."""
+
+    def check(value: object) -> object:
+        if isinstance(value, list | dict) and len(value) > count:
+            raise PydanticCustomError("too_long", "should have at most {n} items", {"n": count})
+        return value
+
+    return BeforeValidator(check)
+
+
+def check_free(value: object) -> object:
+    """What is not read beyond a comparison may still not be endless."""
+    if not is_small(value):
+        raise PydanticCustomError("too_long", "should be smaller and less deeply nested")
+    return value
+
+
+Free = Annotated[Any, BeforeValidator(check_free)]
+
+
+class Strict(BaseModel):
+    """No conversions ("16" is not 16), no infinities, no unknown fields."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _knows_keys(cls, data: object) -> object:
+        """pydantic would make an error of each unknown key."""
+        if isinstance(data, dict):
+            for key in data:
+                if key not in cls.model_fields:
+                    raise PydanticCustomError(
+                        "unknown_parameter", "unknown key", {"key": key[:SHOWN]}
+                    )
+        return data
+
+
+Body = TypeVar("Body", bound=Strict)
+
+
+def validated(kind: type[Body], data: object) -> Body:
+    """`data` as a body. Raises RequestError (400)."""
+    if not isinstance(data, dict):
+        raise RequestError(400, "The request body must be a JSON object.")
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise explain(error) from error
+
+
+def refuse(body: Strict, neutral: Mapping[str, tuple[object, ...]]) -> None:
+    """Raises RequestError (400) for a parameter that is not supported; `neutral` names those, with
+    the values (besides null) that ask for nothing."""
+    for name in body.model_fields_set & neutral.keys():
+        value = getattr(body, name)
+        if value is not None and value not in neutral[name]:
+            raise RequestError(
+                400,
+                f"The parameter '{name}' is not supported with this value.",
+                param=name,
+                code="unsupported_parameter",
+            )
+
+
+def explain(error: ValidationError) -> RequestError:
+    """The first problem, in OpenAI's words."""
+    problems = error.errors(include_url=False, include_input=False)
+    # In a union the members before complain of the type.
+    first = next((p for p in problems if p["type"] == "unknown_parameter"), problems[0])
+    name = str(first["loc"][0]) if first["loc"] else None
+    match first["type"]:
+        case "unknown_parameter":
+            # Of a key in a member of a union the location also names the member.
+            parts = [*(part for part in first["loc"] if "[" not in str(part)), first["ctx"]["key"]]
+            path = ".".join(map(str, parts))
+            return RequestError(
+                400, f"Unknown parameter: '{path}'.", param=path, code="unknown_parameter"
+            )
+        case "missing":
+            path = ".".join(map(str, first["loc"]))
+            return RequestError(
+                400,
+                f"Missing required parameter: '{path}'.",
+                param=path,
+                code="missing_required_parameter",
+            )
+    # Of a union each member complains; together they say what would be right.
+    same = [p for p in problems if p["loc"] and p["loc"][0] == name]
+    wanted = dict.fromkeys(p["msg"].removeprefix("Input ") for p in same[:8])
+    return RequestError(
+        400,
+        f"Invalid value for '{name}': input {', or '.join(wanted)}.",
+        param=name,
+        code="invalid_value" if "type" not in first["type"] else "invalid_type",
+    )
