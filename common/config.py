@@ -4,6 +4,7 @@ A field's metadata carries its help text; `common.flags` turns a dataclass into 
 and `TANDEM_*` variables (flag > variable > default). Times are in seconds.
 """
 
+import inspect
 import ipaddress
 from dataclasses import dataclass, field
 from typing import Any
@@ -176,9 +177,25 @@ class HttpConfig(ExposureConfig):
         None, "how the model writes calls of tools; none: as its chat template shows",
         choices=("hermes", "llama3_json", "mistral"),
     )  # fmt: skip
+    max_n: int = flag(128, "most choices (`n`) of one request")
+    max_best_of: int = flag(128, "largest `best_of`")
+    max_logprobs: int = flag(20, "most logprobs per token")
+    max_stop: int = flag(16, "most stop strings, and most stop token ids")
+    max_stop_length: int = flag(1_024, "characters of the longest stop string")
+    max_logit_bias: int = flag(1_024, "most entries of `logit_bias`")
+    max_messages: int = flag(2_048, "most messages of one chat")
+    max_body_bytes: int = flag(16 << 20, "largest request body")
+    max_header_bytes: int = flag(32 << 10, "largest request line and headers of one request")
+    max_json_depth: int = flag(64, "deepest nesting of a request body")
     max_resumes: int = flag(3, "failures of workers that one request survives")
 
     def __post_init__(self) -> None:
+        for name in inspect.get_annotations(HttpConfig):
+            least = 0 if name in ("max_logprobs", "max_resumes") else 1
+            if name.startswith("max_") and getattr(self, name) < least:
+                raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}")
+        if self.max_json_depth > 256:
+            raise ConfigError("--max-json-depth must be at most 256")
         if self.api_key is not None and self.api_key.strip() != (self.api_key or " "):
             raise ConfigError("--api-key must not be empty, nor begin or end with a blank")
         has_keys = self.api_key is not None or self.api_keys is not None

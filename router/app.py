@@ -25,17 +25,18 @@ from common.errors import RequestError
 from router import debug, errors
 from router import metrics as metrics_text
 from router.auth import authorizer, tenant_of
+from router.caps import DEFAULT, Caps
 from router.connection import abort
 from router.intake import Intake, unknown_model
 from router.keys import Keys
 from router.metrics import RouterMetrics
+from router.nesting import is_flat
 from router.reply import Reply
 from router.responses import respond
 from router.schemas import ChatBody, CompletionBody, parse
 from router.service import Service
 from router.text_api import no_embeddings
 
-MAX_BODY_BYTES: Final = 16 << 20
 UPLOAD_S: Final = 60.0
 """How long a request body may take to arrive."""
 PROBE: Final = ["GET", "HEAD"]
@@ -55,11 +56,11 @@ class Parts:
     keys: Keys = field(default_factory=Keys)
     allowed_origins: tuple[str, ...] = ()
     """Web pages that browsers let read answers (CORS); `*`: all."""
-    max_body_bytes: int = MAX_BODY_BYTES
+    caps: Caps = DEFAULT
 
 
 def create_app(parts: Parts) -> FastAPI:
-    service, intake = parts.service, parts.intake
+    service, intake, caps = parts.service, parts.intake, parts.caps
     started = int(time.time())
     parts.metrics.vllm.serve(parts.model)
     app = FastAPI(
@@ -85,36 +86,38 @@ def create_app(parts: Parts) -> FastAPI:
 
     @app.post("/v1/completions")
     async def completions(request: HttpRequest) -> Response:
-        data = await read_json(request, parts.max_body_bytes)
+        data = await read_json(request, caps)
         call = await intake.completion(
-            parse(CompletionBody, data), label_of(request), tenant_of(request)
+            parse(CompletionBody, data, caps), label_of(request), tenant_of(request)
         )
         return Reply(call, service)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: HttpRequest) -> Response:
-        data = await read_json(request, parts.max_body_bytes)
-        call = await intake.chat(parse(ChatBody, data), label_of(request), tenant_of(request))
+        data = await read_json(request, caps)
+        call = await intake.chat(parse(ChatBody, data, caps), label_of(request), tenant_of(request))
         return Reply(call, service)
 
     @app.post("/v1/responses")
     async def responses(request: HttpRequest) -> Response:
-        data = await read_json(request, parts.max_body_bytes)
-        return Reply(await respond(intake, data, label_of(request), tenant_of(request)), service)
+        data = await read_json(request, caps)
+        return Reply(
+            await respond(intake, data, label_of(request), tenant_of(request), caps), service
+        )
 
     @app.post("/tokenize")
     async def tokenize(request: HttpRequest) -> Response:
-        data = await read_json(request, parts.max_body_bytes)
-        return json_response(await intake.text.tokenize(data, await service.limits()))
+        data = await read_json(request, caps)
+        return json_response(await intake.text.tokenize(data, await service.limits(), caps))
 
     @app.post("/detokenize")
     async def detokenize(request: HttpRequest) -> Response:
-        data = await read_json(request, parts.max_body_bytes)
+        data = await read_json(request, caps)
         return json_response(intake.text.detokenize(data, await service.limits()))
 
     @app.post("/v1/embeddings")
     async def embeddings(request: HttpRequest) -> Response:
-        await read_json(request, parts.max_body_bytes)
+        await read_json(request, caps)
         raise no_embeddings()
 
     def describe() -> dict[str, object]:
@@ -169,8 +172,9 @@ def create_app(parts: Parts) -> FastAPI:
     return app
 
 
-async def read_json(request: HttpRequest, max_bytes: int) -> object:
+async def read_json(request: HttpRequest, caps: Caps) -> object:
     """The decoded body. Raises RequestError: 413 if it is too large, 400 if it is not JSON."""
+    max_bytes = caps.body_bytes
     length = request.headers.get("content-length", "")
     if length.isdigit() and int(length) > max_bytes:
         raise _too_large(max_bytes)
@@ -186,10 +190,14 @@ async def read_json(request: HttpRequest, max_bytes: int) -> object:
         abort(request.scope)
         raise RequestError(408, "The request body came too slowly.", code="timeout") from None
     try:
-        return msgspec.json.decode(body)
+        value: object = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         message = f"The request body is not valid JSON: {error}"
         raise RequestError(400, message, code="invalid_json") from error
+    if not is_flat(value, body, caps.json_depth):
+        message = f"The request body is nested more than {caps.json_depth} deep."
+        raise RequestError(400, message, code="too_deep")
+    return value
 
 
 def _too_large(max_bytes: int) -> RequestError:

@@ -8,16 +8,16 @@ import asyncio
 import logging
 from typing import Any, Final
 
+import uvicorn
 from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from common.errors import RequestError
 from router import errors
+from router.caps import DEFAULT
 
 log = logging.getLogger(__name__)
 
-MAX_HEADER_BYTES: Final = 32 << 10
-"""Request line, headers and trailers of one request."""
 WRITE_TIMEOUT_S: Final = 30.0
 """A client that reads nothing for this long, while there is something to read, is gone."""
 _OURS: Final = "tandem.connection"
@@ -32,9 +32,14 @@ class HeadersTooLargeError(Exception):
     """Ends the parser from within one of its callbacks."""
 
 
+class HttpServerConfig(uvicorn.Config):
+    max_header_bytes = DEFAULT.header_bytes
+
+
 class Connection(HttpToolsProtocol):
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, config: HttpServerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self._max_header_bytes = config.max_header_bytes
         self._header_bytes = 0
         """Of the request that is being received, as far as they are parsed."""
         self._unparsed = 0
@@ -50,12 +55,12 @@ class Connection(HttpToolsProtocol):
         self._is_silent = True
         super().data_received(data)
         self._unparsed = self._unparsed + len(data) if self._is_silent else 0
-        if self._unparsed > MAX_HEADER_BYTES:
+        if self._unparsed > self._max_header_bytes:
             self._refuse_headers()
 
     def send_400_response(self, msg: str) -> None:
         """uvicorn's answer to whatever ended its parser."""
-        if self._header_bytes > MAX_HEADER_BYTES:
+        if self._header_bytes > self._max_header_bytes:
             self._refuse_headers()
         else:
             self._is_refused = True
@@ -67,7 +72,7 @@ class Connection(HttpToolsProtocol):
             # An answer is on its way, maybe half written: there is no room for another.
             self.transport.abort()
             return
-        message = f"The headers are larger than {MAX_HEADER_BYTES} bytes."
+        message = f"The headers are larger than {self._max_header_bytes} bytes."
         content = errors.body(RequestError(431, message, code="headers_too_large"))
         head = (
             "HTTP/1.1 431 Request Header Fields Too Large\r\n"
@@ -94,7 +99,7 @@ class Connection(HttpToolsProtocol):
     def _count(self, num_bytes: int) -> None:
         self._is_silent = False
         self._header_bytes += num_bytes
-        if self._header_bytes > MAX_HEADER_BYTES:
+        if self._header_bytes > self._max_header_bytes:
             raise HeadersTooLargeError
 
     def on_headers_complete(self) -> None:

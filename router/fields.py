@@ -7,30 +7,67 @@ a list that is too long is refused before anything in it is looked at.
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from common.errors import RequestError
+from router.caps import DEFAULT, Caps
 from router.nesting import is_small
 
 SHOWN: Final = 64
 """Characters of a client's name for something that an error repeats."""
 
 
-def at_most(count: int) -> BeforeValidator:
-    """Refuse a longer list or dict before anything in it is looked at."""
+def _cap(cap: int | str, info: ValidationInfo) -> int:
+    """`cap`, or the one of that name that the call is checked against."""
+    if isinstance(cap, int):
+        return cap
+    return int(getattr(info.context or DEFAULT, cap))
 
-    def check(value: object) -> object:
-        if isinstance(value, list | dict) and len(value) > count:
-            raise PydanticCustomError("too_long", "should have at most {n} items", {"n": count})
+
+def at_most(cap: int | str) -> BeforeValidator:
+    """Refuse a longer list or dict before anything in it is looked at. A text: one of `Caps`."""
+
+    def check(value: object, info: ValidationInfo) -> object:
+        if isinstance(value, list | dict) and len(value) > (n := _cap(cap, info)):
+            raise PydanticCustomError("too_long", "should have at most {n} items", {"n": n})
         return value
 
     return BeforeValidator(check)
 
 
-def check_free(value: object) -> object:
+def no_longer(cap: str) -> BeforeValidator:
+    """Refuse a string of more characters."""
+
+    def check(value: object, info: ValidationInfo) -> object:
+        if isinstance(value, str) and len(value) > (n := _cap(cap, info)):
+            raise PydanticCustomError("too_long", "should have at most {n} characters", {"n": n})
+        return value
+
+    return BeforeValidator(check)
+
+
+def no_more(cap: str) -> BeforeValidator:
+    """Refuse a larger number."""
+
+    def check(value: object, info: ValidationInfo) -> object:
+        if isinstance(value, int) and value > (n := _cap(cap, info)):
+            raise PydanticCustomError("too_large", "should be at most {n}", {"n": n})
+        return value
+
+    return BeforeValidator(check)
+
+
+def check_free(value: object, info: ValidationInfo) -> object:
     """What is not read beyond a comparison may still not be endless."""
-    if not is_small(value):
+    if not is_small(value, _cap("json_depth", info)):
         raise PydanticCustomError("too_long", "should be smaller and less deeply nested")
     return value
 
@@ -59,12 +96,12 @@ class Strict(BaseModel):
 Body = TypeVar("Body", bound=Strict)
 
 
-def validated(kind: type[Body], data: object) -> Body:
+def validated(kind: type[Body], data: object, caps: Caps) -> Body:
     """`data` as a body. Raises RequestError (400)."""
     if not isinstance(data, dict):
         raise RequestError(400, "The request body must be a JSON object.")
     try:
-        return kind.model_validate(data)
+        return kind.model_validate(data, context=caps)
     except ValidationError as error:
         raise explain(error) from error
 

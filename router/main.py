@@ -21,6 +21,7 @@ from common.identity import text_id
 from common.link import RouterLink
 from common.redis_client import check_redis
 from router.app import Parts, create_app
+from router.caps import Caps
 from router.directory import Directory
 from router.dispatch import Patience
 from router.grammars import Grammars
@@ -79,15 +80,17 @@ async def _serve(
         hang_s=config.hang_s,
     )
     grammars = Grammars(directory)
+    caps = Caps.of(config)
     parts = Parts(
         service=service,
         intake=Intake(text_model, model, service, grammars, _tool_format(config)),
         metrics=metrics,
         model=model,
+        caps=caps,
         keys=Keys(config.api_key, Path(config.api_keys) if config.api_keys else None),
         allowed_origins=tuple(config.allowed_origins.split(",")) if config.allowed_origins else (),
     )
-    server = Server(http_config(create_app(parts)))
+    server = Server(http_config(create_app(parts), caps))
     try:
         await _run(service, server, listener, config.drain_s)
     finally:

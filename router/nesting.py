@@ -1,19 +1,20 @@
-"""How large a decoded JSON value may be that nobody reads: used by `schemas` and `prompts`."""
+"""How large a decoded JSON value may be that nobody reads: for `fields`, `prompts` and `app`."""
 
 from typing import Final
 
 MAX_DEPTH: Final = 64
+"""Of the arguments of calls, which are JSON within JSON."""
 MAX_VALUES: Final = 4_096
 
 
-def is_small(value: object) -> bool:
-    """Whether `value` is at most `MAX_DEPTH` deep and holds at most `MAX_VALUES` values.
+def is_small(value: object, depth: int = MAX_DEPTH) -> bool:
+    """Whether `value` is at most `depth` deep and holds at most `MAX_VALUES` values.
 
     Looks at no more than those, however large it is.
     """
     level = [value]
     left = MAX_VALUES
-    for _ in range(MAX_DEPTH + 1):
+    for _ in range(depth + 1):
         containers = [item for item in level if isinstance(item, list | dict)]
         if not containers:
             return True
@@ -25,4 +26,24 @@ def is_small(value: object) -> bool:
             for container in containers
             for item in (container.values() if isinstance(container, dict) else container)
         ]
+    return False
+
+
+def is_flat(value: object, body: bytes | bytearray, depth: int) -> bool:
+    """Whether `value`, decoded from `body`, is at most `depth` deep, however many values it holds.
+
+    A body with few brackets, as nearly all are, is not walked through.
+    """
+    if body.count(b"[") + body.count(b"{") <= depth:
+        return True
+    level = [value] if isinstance(value, list | dict) else []
+    for _ in range(depth):
+        level = [
+            item
+            for container in level
+            for item in (container.values() if isinstance(container, dict) else container)
+            if isinstance(item, list | dict)
+        ]
+        if not level:
+            return True
     return False

@@ -9,11 +9,10 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import Discriminator, Field, Tag
 
 from common.errors import RequestError
-from router.fields import Free, Strict, at_most, refuse, validated
+from router.caps import DEFAULT, Caps
+from router.fields import Free, Strict, at_most, no_more, refuse, validated
 from router.schemas import (
     MAX_COUNT,
-    MAX_LOGPROBS,
-    MAX_MESSAGES,
     MAX_METADATA,
     MAX_PARTS,
     MAX_TOOLS,
@@ -110,7 +109,7 @@ class ResponseBody(Strict):
     input: (
         str
         | Annotated[
-            list[InputItem], Field(min_length=1, fail_fast=True), at_most(MAX_MESSAGES)
+            list[InputItem], Field(min_length=1, fail_fast=True), at_most("messages")
         ]
     )  # fmt: skip
     instructions: str | None = None
@@ -120,7 +119,7 @@ class ResponseBody(Strict):
     max_output_tokens: int | None = Field(None, ge=1, le=MAX_COUNT)
     temperature: float | None = None
     top_p: float | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    top_logprobs: Annotated[int, Field(ge=0), no_more("logprobs")] | None = None
     include: Annotated[list[str], at_most(16)] | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
@@ -186,10 +185,10 @@ SAMPLING: Final = frozenset(ResponseBody.model_fields.keys() & SamplingBody.mode
 """Fields that go into the chat request as they are."""
 
 
-def parse_response(data: object) -> ResponseBody:
+def parse_response(data: object, caps: Caps = DEFAULT) -> ResponseBody:
     """Raises RequestError (400)."""
-    _refuse_foreign(data)
-    body = validated(ResponseBody, data)
+    _refuse_foreign(data, caps)
+    body = validated(ResponseBody, data, caps)
     refuse(body, _NEUTRAL)
     for name in body.include or ():
         if name not in _INCLUDABLE:
@@ -199,13 +198,13 @@ def parse_response(data: object) -> ResponseBody:
     return body
 
 
-def _refuse_foreign(data: object) -> None:
+def _refuse_foreign(data: object, caps: Caps) -> None:
     """Tools that the server would run, and items that refer to what it would have kept."""
     if not isinstance(data, dict):
         return
     for name, known in (("tools", _TOOLS), ("input", _ITEMS)):
         entries = data.get(name)
-        for entry in entries[:MAX_MESSAGES] if isinstance(entries, list) else ():
+        for entry in entries[: caps.messages] if isinstance(entries, list) else ():
             if isinstance(entry, dict) and isinstance(kind := entry.get("type"), str):
                 if kind not in known:
                     raise _unsupported(name, kind)

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, Final
 
 from common.errors import RequestError
+from router.caps import Caps
 from router.intake import Call, Intake
 from router.response_answer import ResponseAnswer
 from router.response_schemas import (
@@ -33,12 +34,12 @@ _OURS: Final = {
 """Names of chat completions in errors -> the client's own."""
 
 
-async def respond(intake: Intake, data: object, label: str, tenant: str) -> Call:
+async def respond(intake: Intake, data: object, label: str, tenant: str, caps: Caps) -> Call:
     """Raises RequestError."""
-    body = parse_response(data)
+    body = parse_response(data, caps)
     echo = _echo(body)
     try:
-        chat = parse(ChatBody, chat_fields(body))
+        chat = parse(ChatBody, chat_fields(body), caps)
         return await intake.chat(chat, label, tenant, partial(ResponseAnswer, echo=echo))
     except RequestError as error:
         if error.param is not None:

@@ -14,17 +14,23 @@ from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from common.errors import RequestError
-from router.fields import SHOWN, Body, Free, Strict, at_most, check_free, refuse, validated
+from router.caps import DEFAULT, Caps
+from router.fields import (
+    SHOWN,
+    Body,
+    Free,
+    Strict,
+    at_most,
+    check_free,
+    no_longer,
+    no_more,
+    refuse,
+    validated,
+)
 
-MAX_N: Final = 128
 MAX_PROMPTS: Final = 256
 MAX_PROMPT_TOKENS: Final = 2**20
 """Token ids in one call; the context of the model decides below this."""
-MAX_STOPS: Final = 16
-MAX_STOP_LENGTH: Final = 1_024
-MAX_LOGPROBS: Final = 20
-MAX_LOGIT_BIAS: Final = 1_024
-MAX_MESSAGES: Final = 2_048
 MAX_PARTS: Final = 256
 """Content parts of one message."""
 MAX_ALL_PARTS: Final = 4_096
@@ -39,11 +45,12 @@ _INT64: Final = 2**63
 
 _Token = Annotated[int, Field(ge=0, lt=2**31)]
 _Tokens = Annotated[list[_Token], Field(min_length=1, fail_fast=True), at_most(MAX_PROMPT_TOKENS)]
-_Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
-_Stops = Annotated[list[_Stop], Field(fail_fast=True), at_most(MAX_STOPS)]
-_StopIds = Annotated[list[_Token], Field(fail_fast=True), at_most(MAX_STOPS)]
+_Stop = Annotated[str, Field(min_length=1), no_longer("stop_length")]
+_Stops = Annotated[list[_Stop], Field(fail_fast=True), at_most("stop")]
+_StopIds = Annotated[list[_Token], Field(fail_fast=True), at_most("stop")]
+_Logprobs = Annotated[int, Field(ge=0), no_more("logprobs")]
 _Bias = Annotated[float, Field(ge=-100, le=100)]
-_Biases = Annotated[dict[str, _Bias], at_most(MAX_LOGIT_BIAS)]
+_Biases = Annotated[dict[str, _Bias], at_most("logit_bias")]
 
 
 class StreamOptions(Strict):
@@ -59,7 +66,7 @@ class SamplingBody(Strict):
     model: Annotated[str, Field(max_length=1_024)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: int | None = Field(None, ge=1, le=MAX_N)
+    n: Annotated[int, Field(ge=1), no_more("n")] | None = None
     max_tokens: int | None = Field(None, ge=0, le=MAX_COUNT)
     min_tokens: int | None = Field(None, ge=0, le=MAX_COUNT)
     stop: _Stop | _Stops | None = None
@@ -79,7 +86,7 @@ class SamplingBody(Strict):
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
-    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    prompt_logprobs: _Logprobs | None = None
     truncate_prompt_tokens: int | None = Field(None, ge=-1, le=MAX_COUNT)
     priority: int | None = Field(None, ge=-(2**31), lt=2**31)
     response_format: Free = None
@@ -115,8 +122,8 @@ class CompletionBody(SamplingBody):
         | Annotated[list[_Tokens], Field(min_length=1, fail_fast=True), at_most(MAX_PROMPTS)]
     )
     echo: bool | None = None
-    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    best_of: int | None = Field(None, ge=1, le=MAX_N)
+    logprobs: _Logprobs | None = None
+    best_of: Annotated[int, Field(ge=1), no_more("best_of")] | None = None
     suffix: Free = None
 
 
@@ -210,7 +217,7 @@ _Messages = Annotated[
     list[Message],
     Field(min_length=1, fail_fast=True),
     BeforeValidator(_check_total),
-    at_most(MAX_MESSAGES),  # the last one is the first to be asked
+    at_most("messages"),  # the last one is the first to be asked
 ]
 
 
@@ -218,7 +225,7 @@ class ChatBody(SamplingBody):
     messages: _Messages
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_COUNT)
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    top_logprobs: _Logprobs | None = None
     add_generation_prompt: bool | None = None
     audio: Free = None
     chat_template: Free = None
@@ -270,9 +277,9 @@ _NEUTRAL: Final[dict[str, tuple[object, ...]]] = {
 _OF_COMPLETIONS: Final = {name: values for name, values in _NEUTRAL.items() if name != "echo"}
 
 
-def parse(kind: type[Body], data: object) -> Body:
+def parse(kind: type[Body], data: object, caps: Caps = DEFAULT) -> Body:
     """`data` as a body. Raises RequestError (400)."""
-    body = validated(kind, data)
+    body = validated(kind, data, caps)
     refuse(body, _OF_COMPLETIONS if isinstance(body, CompletionBody) else _NEUTRAL)
     if isinstance(body, SamplingBody) and body.stream_options is not None and not body.stream:
         message = "'stream_options' is only allowed with 'stream': true."

@@ -14,7 +14,8 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from common.errors import ConfigError
-from router.connection import Connection
+from router.caps import DEFAULT, Caps
+from router.connection import Connection, HttpServerConfig
 
 BACKLOG: Final = 2_048
 CLOSE_S: Final = 5.0
@@ -42,9 +43,9 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def http_config(app: ASGIApp) -> uvicorn.Config:
+def http_config(app: ASGIApp, caps: Caps = DEFAULT) -> HttpServerConfig:
     """How uvicorn serves `app`: no headers of proxies believed, bounded connections."""
-    return uvicorn.Config(
+    config = HttpServerConfig(
         app,
         http=Connection,
         ws="none",
@@ -53,6 +54,8 @@ def http_config(app: ASGIApp) -> uvicorn.Config:
         log_config=None,
         access_log=False,
     )
+    config.max_header_bytes = caps.header_bytes
+    return config
 
 
 class Server(uvicorn.Server):

@@ -6,6 +6,7 @@ The routes are in `router.app`.
 from typing import Any
 
 from common.errors import RequestError
+from router.caps import Caps
 from router.fleet import Limits
 from router.prompts import chat_prompt
 from router.schemas import ChatBody, DetokenizeBody, TokenizeBody, parse
@@ -16,11 +17,11 @@ class TextApi:
     def __init__(self, text_model: TextModel) -> None:
         self._text_model = text_model
 
-    async def tokenize(self, data: object, limits: Limits) -> dict[str, Any]:
+    async def tokenize(self, data: object, limits: Limits, caps: Caps) -> dict[str, Any]:
         """A text (`prompt`), or a conversation (`messages`). Raises RequestError (400)."""
         if isinstance(data, dict) and "messages" in data:
             shown = bool(data.pop("return_token_strs", False))
-            body = parse(ChatBody, data)
+            body = parse(ChatBody, data, caps)
             tokens = (await chat_prompt(body, self._text_model, limits)).tokens
         else:
             plain = parse(TokenizeBody, data)

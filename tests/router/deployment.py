@@ -18,6 +18,7 @@ from common.config import TimerConfig
 from common.identity import text_id
 from common.link import RouterLink
 from router.app import Parts, create_app
+from router.caps import Caps
 from router.directory import Directory
 from router.dispatch import Patience
 from router.grammars import Grammars
@@ -31,6 +32,7 @@ from router.tokenizer import TextModel
 from tests.router.stub_worker import Handoffs, StubWorker
 
 MODEL = "stub-model"
+CAPS = Caps(body_bytes=1 << 20)
 PATIENCE = Patience(grace_s=0.3, resume_s=3.0)
 TIMERS = TimerConfig(heartbeat_s=0.2)
 _namespaces = itertools.count()
@@ -107,7 +109,7 @@ async def deployment(
     allowed_origins: tuple[str, ...] = (),
     max_model_len: int = 1024,
     num_blocks: int = 4096,
-    max_body_bytes: int = 1 << 20,
+    caps: Caps = CAPS,
     hang_s: float = 30.0,
     content_ids: frozenset[str] = frozenset(),
 ) -> AsyncIterator[Deployment]:
@@ -132,7 +134,7 @@ async def deployment(
         model=MODEL,
         keys=Keys(api_key, api_keys),
         allowed_origins=allowed_origins,
-        max_body_bytes=max_body_bytes,
+        caps=caps,
     )
     handoffs = Handoffs()
     workers = {
@@ -154,7 +156,7 @@ async def deployment(
     }
     listener = free_listener()
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server = Server(http_config(create_app(parts)))
+    server = Server(http_config(create_app(parts), caps))
     engine = asyncio.create_task(service.run())
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     headers = {"authorization": f"Bearer {api_key}"} if api_key else {}

@@ -12,7 +12,7 @@ import pytest
 
 from common.messages import Cancel
 from router import backlog, connection, server
-from router.connection import MAX_HEADER_BYTES
+from router.caps import DEFAULT
 from tests.client import complete
 from tests.router.conftest import Deploy
 from tests.router.deployment import Deployment, until
@@ -54,7 +54,7 @@ async def test_headers_that_do_not_end(deploy: Deploy, head: list[bytes]) -> Non
 
 async def test_large_headers_and_many_requests_are_fine(deploy: Deploy) -> None:
     async with deploy(prefill=0) as served:
-        headers = {"x-large": "a" * (MAX_HEADER_BYTES - 1_000)}
+        headers = {"x-large": "a" * (DEFAULT.header_bytes - 1_000)}
         async with httpx.AsyncClient(base_url=served.url) as http:
             for _ in range(4):
                 assert (await http.get("/health", headers=headers)).status_code == 200

@@ -10,6 +10,7 @@ import openai
 import pytest
 
 from common.messages import Admit, Prefill
+from router.caps import Caps
 from router.dispatch import Patience
 from tests.router.conftest import Deploy
 from tests.router.deployment import MODEL, Deployment, until
@@ -217,7 +218,7 @@ async def test_words_that_clients_look_for(deploy: Deploy) -> None:
 
 
 async def test_unknown_routes_methods_and_large_bodies(deploy: Deploy) -> None:
-    async with deploy(max_body_bytes=10_000) as served:
+    async with deploy(caps=Caps(body_bytes=10_000)) as served:
         check(await served.http.get("/nothing"), 404, None, "not_found")
         check(await served.http.get("/v1/models/none"), 404, "model", "model_not_found")
         response = await served.http.get("/v1/completions")

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from common.errors import RequestError
 from router import schemas
+from router.caps import DEFAULT
 from router.schemas import ChatBody, CompletionBody, SamplingBody, parse
 
 HUGE = (2**31, 2**63, 2**70, -(2**63) - 1, -(2**70), 10**400)
@@ -71,19 +72,19 @@ CAPS: list[tuple[type[SamplingBody], Any, int]] = [
     (CompletionBody, lambda n: {"prompt": ["x"] * n}, schemas.MAX_PROMPTS),
     (CompletionBody, lambda n: {"prompt": [[1]] * n}, schemas.MAX_PROMPTS),
     (CompletionBody, lambda n: {"prompt": [1] * n}, schemas.MAX_PROMPT_TOKENS),
-    (CompletionBody, lambda n: {"prompt": "x", "stop": ["x"] * n}, schemas.MAX_STOPS),
-    (CompletionBody, lambda n: {"prompt": "x", "stop_token_ids": [1] * n}, schemas.MAX_STOPS),
+    (CompletionBody, lambda n: {"prompt": "x", "stop": ["x"] * n}, DEFAULT.stop),
+    (CompletionBody, lambda n: {"prompt": "x", "stop_token_ids": [1] * n}, DEFAULT.stop),
     (
         CompletionBody,
         lambda n: {"prompt": "x", "logit_bias": {str(i): 1 for i in range(n)}},
-        schemas.MAX_LOGIT_BIAS,
+        DEFAULT.logit_bias,
     ),
     (
         CompletionBody,
         lambda n: {"prompt": "x", "metadata": {str(i): "" for i in range(n)}},
         schemas.MAX_METADATA,
     ),
-    (ChatBody, lambda n: {"messages": message()["messages"] * n}, schemas.MAX_MESSAGES),
+    (ChatBody, lambda n: {"messages": message()["messages"] * n}, DEFAULT.messages),
     (ChatBody, lambda n: message(content=[TEXT_PART] * n), schemas.MAX_PARTS),
     (ChatBody, lambda n: message(tool_calls=[CALL] * n), schemas.MAX_TOOL_CALLS),
     (
@@ -105,7 +106,7 @@ WRONG: list[tuple[type[SamplingBody], Any]] = [
     (ChatBody, message(content=[0] * MANY)),
     (ChatBody, message(tool_calls=[0] * MANY)),
     (ChatBody, {"messages": [0] * MANY}),
-    (ChatBody, {"messages": [{}] * schemas.MAX_MESSAGES}),
+    (ChatBody, {"messages": [{}] * DEFAULT.messages}),
     (ChatBody, message(content=[{}] * schemas.MAX_PARTS)),
     (ChatBody, message(content="x", **{str(i): 0 for i in range(100_000)})),
     (CompletionBody, {"prompt": ["x"] * MANY}),
