@@ -170,8 +170,15 @@ class HttpConfig(ExposureConfig):
         None, "file with hashed keys of tenants, a line `TENANT SHA256` each; read anew on change"
     )
     allowed_origins: str | None = flag(
-        None, "origins whose pages may use the API from a browser, with commas between; * for all"
+        None,
+        "origins whose pages may use the API from a browser, with commas between or as a "
+        "JSON list; * for all; none: no page may",
     )
+    allowed_methods: str = flag("*", "methods that those pages may use, with commas between")
+    allowed_headers: str = flag("*", "headers that those pages may send, with commas between")
+    allow_credentials: bool = flag(False, "let those pages send cookies; not with origins *")
+    ssl_certfile: str | None = flag(None, "file with the TLS certificate: the API is then HTTPS")
+    ssl_keyfile: str | None = flag(None, "file with its key, if the certificate's has none")
     chat_template: str | None = flag(None, "file with a chat template in place of the model's own")
     tool_call_parser: str | None = flag(
         None, "how the model writes calls of tools; none: as its chat template shows",
@@ -196,6 +203,10 @@ class HttpConfig(ExposureConfig):
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}")
         if self.max_json_depth > 256:
             raise ConfigError("--max-json-depth must be at most 256")
+        if self.ssl_keyfile is not None and self.ssl_certfile is None:
+            raise ConfigError("--ssl-keyfile needs --ssl-certfile")
+        if self.allow_credentials and "*" in (self.allowed_origins or "*"):
+            raise ConfigError("--allow-credentials needs --allowed-origins that are named")
         if self.api_key is not None and self.api_key.strip() != (self.api_key or " "):
             raise ConfigError("--api-key must not be empty, nor begin or end with a blank")
         has_keys = self.api_key is not None or self.api_keys is not None

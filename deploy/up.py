@@ -92,7 +92,7 @@ class Deployment:
     ) -> None:
         redis_url = config.redis if redis is None else redis.url
         assert redis_url is not None
-        self.url = port.url_of(config.host, http_port)
+        self.url = port.url_of(config.host, http_port, config.ssl_certfile is not None)
         router = derive(
             RouterConfig, config, model=str(model.directory), revision=None, redis=redis_url,
             port=http_port, served_model_name=model.name,

@@ -26,7 +26,7 @@ from router import debug, errors
 from router import metrics as metrics_text
 from router.auth import authorizer, tenant_of
 from router.caps import DEFAULT, Caps
-from router.connection import abort
+from router.cors import Cors
 from router.intake import Intake, unknown_model
 from router.keys import Keys
 from router.metrics import RouterMetrics
@@ -54,8 +54,7 @@ class Parts:
     model: str
     """The served model's name."""
     keys: Keys = field(default_factory=Keys)
-    allowed_origins: tuple[str, ...] = ()
-    """Web pages that browsers let read answers (CORS); `*`: all."""
+    cors: Cors = field(default_factory=Cors)
     caps: Caps = DEFAULT
 
 
@@ -75,12 +74,13 @@ def create_app(parts: Parts) -> FastAPI:
     app.add_exception_handler(HTTPException, errors.on_http_error)
     app.add_exception_handler(ClientDisconnect, errors.on_client_gone)
     app.add_exception_handler(Exception, errors.on_bug)
-    if parts.allowed_origins:
+    if parts.cors.origins:
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=list(parts.allowed_origins),
-            allow_methods=["*"],
-            allow_headers=["*"],
+            allow_origins=list(parts.cors.origins),
+            allow_methods=list(parts.cors.methods),
+            allow_headers=list(parts.cors.headers),
+            allow_credentials=parts.cors.credentials,
         )
     app.add_middleware(Label, metrics=parts.metrics)
 
@@ -186,8 +186,6 @@ async def read_json(request: HttpRequest, caps: Caps) -> object:
                 if len(body) > max_bytes:
                     raise _too_large(max_bytes)
     except TimeoutError:
-        # What is still to come would be taken for the next request.
-        abort(request.scope)
         raise RequestError(408, "The request body came too slowly.", code="timeout") from None
     try:
         value: object = msgspec.json.decode(body)

@@ -62,6 +62,9 @@ def headers(error: RequestError) -> dict[str, str]:
     result = {}
     if error.retry_after_s is not None:
         result["retry-after"] = str(error.retry_after_s)
+    if error.status == 408:
+        # What is still to come would be taken for the next request.
+        result["connection"] = "close"
     if error.status == 401:
         result["www-authenticate"] = "Bearer"
     return result

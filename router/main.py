@@ -22,6 +22,7 @@ from common.link import RouterLink
 from common.redis_client import check_redis
 from router.app import Parts, create_app
 from router.caps import Caps
+from router.cors import Cors
 from router.directory import Directory
 from router.dispatch import Patience
 from router.grammars import Grammars
@@ -29,7 +30,7 @@ from router.intake import Intake
 from router.keys import Keys
 from router.membership import Membership, content_ids
 from router.metrics import RouterMetrics
-from router.server import Server, http_config, listen
+from router.server import Server, Tls, http_config, listen
 from router.service import Service
 from router.speech import FORMATS, Format
 from router.tokenizer import TextModel, locate
@@ -62,6 +63,7 @@ async def _serve(
     text_model: TextModel,
     listener: socket.socket,
 ) -> None:
+    caps, cors, tls = Caps.of(config), Cors.of(config), Tls.of(config)
     await check_redis(redis_url)
     assert config.model is not None
     model = config.served_model_name or config.model
@@ -80,7 +82,6 @@ async def _serve(
         hang_s=config.hang_s,
     )
     grammars = Grammars(directory)
-    caps = Caps.of(config)
     parts = Parts(
         service=service,
         intake=Intake(text_model, model, service, grammars, _tool_format(config)),
@@ -88,9 +89,9 @@ async def _serve(
         model=model,
         caps=caps,
         keys=Keys(config.api_key, Path(config.api_keys) if config.api_keys else None),
-        allowed_origins=tuple(config.allowed_origins.split(",")) if config.allowed_origins else (),
+        cors=cors,
     )
-    server = Server(http_config(create_app(parts), caps))
+    server = Server(http_config(create_app(parts), caps, tls))
     try:
         await _run(service, server, listener, config.drain_s)
     finally:
@@ -112,7 +113,8 @@ async def _run(service: Service, server: Server, listener: socket.socket, drain_
     http = asyncio.create_task(server.serve(sockets=[listener]))
     stop = asyncio.create_task(signals.get())
     host, port = listener.getsockname()[:2]
-    log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+    scheme = "https" if server.config.is_ssl else "http"
+    log.info("listening on %s://%s:%d", scheme, f"[{host}]" if ":" in host else host, port)
     try:
         await asyncio.wait((engine, http, stop), return_when=asyncio.FIRST_COMPLETED)
         if stop.done():

@@ -7,12 +7,15 @@ import asyncio
 import contextlib
 import errno
 import socket
+import ssl
 from collections.abc import Generator
+from dataclasses import dataclass
 from typing import Final
 
 import uvicorn
 from starlette.types import ASGIApp
 
+from common.config import HttpConfig
 from common.errors import ConfigError
 from router.caps import DEFAULT, Caps
 from router.connection import Connection, HttpServerConfig
@@ -43,7 +46,28 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def http_config(app: ASGIApp, caps: Caps = DEFAULT) -> HttpServerConfig:
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """Files of a certificate chain and its key; None: the key is in the same file."""
+
+    certificate: str
+    key: str | None = None
+
+    @classmethod
+    def of(cls, config: HttpConfig) -> "Tls | None":
+        """Raises ConfigError, in one line, if they cannot be used."""
+        if config.ssl_certfile is None:
+            return None
+        try:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            # Without a password callback OpenSSL would ask on the terminal.
+            context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile, lambda: "")
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"--ssl-certfile {config.ssl_certfile}: {error}") from error
+        return cls(config.ssl_certfile, config.ssl_keyfile)
+
+
+def http_config(app: ASGIApp, caps: Caps = DEFAULT, tls: Tls | None = None) -> HttpServerConfig:
     """How uvicorn serves `app`: no headers of proxies believed, bounded connections."""
     config = HttpServerConfig(
         app,
@@ -53,6 +77,8 @@ def http_config(app: ASGIApp, caps: Caps = DEFAULT) -> HttpServerConfig:
         proxy_headers=False,
         log_config=None,
         access_log=False,
+        ssl_certfile=tls.certificate if tls is not None else None,
+        ssl_keyfile=tls.key if tls is not None else None,
     )
     config.max_header_bytes = caps.header_bytes
     return config

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import socket
+import ssl
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from common.identity import text_id
 from common.link import RouterLink
 from router.app import Parts, create_app
 from router.caps import Caps
+from router.cors import Cors
 from router.directory import Directory
 from router.dispatch import Patience
 from router.grammars import Grammars
@@ -26,12 +28,13 @@ from router.intake import Intake
 from router.keys import Keys
 from router.membership import Membership
 from router.metrics import RouterMetrics
-from router.server import Server, http_config, listen
+from router.server import Server, Tls, http_config, listen
 from router.service import Service
 from router.tokenizer import TextModel
 from tests.router.stub_worker import Handoffs, StubWorker
 
 MODEL = "stub-model"
+NO_CORS = Cors()
 CAPS = Caps(body_bytes=1 << 20)
 PATIENCE = Patience(grace_s=0.3, resume_s=3.0)
 TIMERS = TimerConfig(heartbeat_s=0.2)
@@ -106,7 +109,8 @@ async def deployment(
     patience: Patience = PATIENCE,
     api_key: str | None = None,
     api_keys: Path | None = None,
-    allowed_origins: tuple[str, ...] = (),
+    cors: Cors = NO_CORS,
+    tls: Tls | None = None,
     max_model_len: int = 1024,
     num_blocks: int = 4096,
     caps: Caps = CAPS,
@@ -133,7 +137,7 @@ async def deployment(
         metrics=metrics,
         model=MODEL,
         keys=Keys(api_key, api_keys),
-        allowed_origins=allowed_origins,
+        cors=cors,
         caps=caps,
     )
     handoffs = Handoffs()
@@ -155,13 +159,14 @@ async def deployment(
         for role, count in (("prefill", prefill), ("decode", decode))
     }
     listener = free_listener()
-    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server = Server(http_config(create_app(parts), caps))
+    url = f"{'https' if tls else 'http'}://127.0.0.1:{listener.getsockname()[1]}"
+    server = Server(http_config(create_app(parts), caps, tls))
     engine = asyncio.create_task(service.run())
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+    verify = ssl.create_default_context(cafile=tls.certificate) if tls else True
     async with (
-        httpx.AsyncClient(base_url=url, timeout=30, headers=headers) as http,
+        httpx.AsyncClient(base_url=url, timeout=30, headers=headers, verify=verify) as http,
         openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=api_key or "none", max_retries=0) as sdk,
     ):
         try:

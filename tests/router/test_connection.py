@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from common.messages import Cancel
-from router import backlog, connection, server
+from router import app, backlog, connection, server
 from router.caps import DEFAULT
 from tests.client import complete
 from tests.router.conftest import Deploy
@@ -139,6 +139,19 @@ async def test_a_client_that_leaves_amid_its_request(
             await asyncio.sleep(0.05)
         await until(lambda: served.value("http_errors_total", status="499") == 1)
         assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+async def test_a_body_that_comes_too_slowly(
+    deploy: Deploy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "UPLOAD_S", 0.1)
+    async with deploy(prefill=0) as served, connected(served) as (reader, writer):
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 99\r\n\r\n{")
+        answer = await asyncio.wait_for(reader.read(), 10)  # to its end: the connection is closed
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 408 ") and b"connection: close" in head
+        error = json.loads(body)["error"]
+        assert error.keys() == {"message", "type", "param", "code"} and error["code"] == "timeout"
 
 
 async def test_headers_of_proxies_are_not_believed(

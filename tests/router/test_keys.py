@@ -9,6 +9,7 @@ import pytest
 
 from common.errors import ConfigError
 from common.messages import Prefill
+from router.cors import Cors
 from router.keys import Keys, read
 from tests.router.conftest import Deploy
 
@@ -60,7 +61,7 @@ async def test_tenants_do_not_share_a_cache(deploy: Deploy, tmp_path: Path) -> N
 
 async def test_browsers(deploy: Deploy) -> None:
     preflight = {"origin": "http://page", "access-control-request-method": "POST"}
-    async with deploy(api_key="k", allowed_origins=("http://page",)) as served:
+    async with deploy(api_key="k", cors=Cors(origins=("http://page",))) as served:
         async with httpx.AsyncClient(base_url=served.url) as http:
             answer = await http.options("/v1/completions", headers=preflight)
             assert answer.status_code == 200
@@ -70,6 +71,15 @@ async def test_browsers(deploy: Deploy) -> None:
                 "/v1/completions", headers={**preflight, "origin": "http://x"}
             )
             assert other.status_code == 400
+    named = Cors(origins=("http://page",), methods=("GET",), headers=("x-a",), credentials=True)
+    async with deploy(cors=named) as served:
+        answer = await served.http.options(
+            "/v1/models", headers={**preflight, "access-control-request-method": "GET"}
+        )
+        assert answer.headers["access-control-allow-credentials"] == "true"
+        assert answer.headers["access-control-allow-methods"] == "GET"
+        assert "x-a" in answer.headers["access-control-allow-headers"]
+        assert (await served.http.options("/v1/models", headers=preflight)).status_code == 400
     async with deploy() as served:
         answer = await served.http.options("/v1/completions", headers=preflight)
         assert answer.status_code == 405
