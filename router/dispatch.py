@@ -70,10 +70,10 @@ class Dispatcher:
     def num_live(self) -> int:
         return len(self._requests)
 
-    def num_requests(self) -> tuple[int, int]:
-        """(prompts that are being answered, prompts whose first token is still to come)."""
-        running = sum(r.first_token is not None for r in self._requests.values())
-        return running, len(self._requests) - running
+    @property
+    def num_waiting(self) -> int:
+        """Attempts for which no worker was free."""
+        return len(self._waiting)
 
     async def idle(self) -> None:
         """Returns when no request is live."""

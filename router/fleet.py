@@ -159,6 +159,18 @@ class Fleet:
             return None
         return "every decode worker hangs" if "hung" in states else "all decode workers are leaving"
 
+    def num_requests(self) -> tuple[int, int]:
+        """(running, waiting) sequences on all workers, of all routers, as workers reported them.
+
+        A decode worker counts what its prefill workers are still at as waiting: it is theirs."""
+        prefill = [member.load for member in self if member.info.role == "prefill"]
+        decode = [member.load for member in self if member.info.role == "decode"]
+        queued = sum(load.waiting for load in prefill)
+        prefilled = sum(load.running for load in prefill)
+        held = sum(load.waiting for load in decode)
+        running = prefilled + sum(load.running for load in decode)
+        return running, queued + max(0, held - queued - prefilled)
+
     def snapshot(self) -> list[Candidate]:
         return [member.candidate() for member in self]
 

@@ -19,10 +19,8 @@ class VllmMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry
-        self.running = self._gauge("num_requests_running", "Requests that are being answered")
-        self.waiting = self._gauge(
-            "num_requests_waiting", "Requests whose first token is still to come"
-        )
+        self.running = self._gauge("num_requests_running", "Sequences that workers run")
+        self.waiting = self._gauge("num_requests_waiting", "Sequences that wait for a worker")
         self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts")
         self.generation_tokens = self._counter("generation_tokens", "Tokens that were generated")
         self.success = Counter(

@@ -92,8 +92,9 @@ class Service:
         return self._dispatcher.num_live
 
     def num_requests(self) -> tuple[int, int]:
-        """(running, waiting) of this router: those that have begun to get tokens, and others."""
-        return self._dispatcher.num_requests()
+        """(running, waiting) of the whole deployment, and what waits here for a worker."""
+        running, waiting = self.fleet.num_requests()
+        return running, waiting + self._dispatcher.num_waiting
 
     async def idle(self) -> None:
         """Returns when no request is live."""

@@ -10,7 +10,7 @@ from openai.types.chat import ChatCompletionMessageParam
 from common.messages import Admit, Prefill
 from tests.client import Answer, complete, stream
 from tests.router.conftest import Deploy
-from tests.router.deployment import MODEL, Deployment
+from tests.router.deployment import MODEL, Deployment, until
 from tests.router.stub_worker import expected
 
 MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "the tide?"}]
@@ -388,3 +388,20 @@ async def test_equal_prompts_of_one_call_get_texts_of_their_own(deploy: Deploy) 
             response = await served.http.post("/v1/completions", json={**body, **seed})
             texts = {tuple(choice["token_ids"]) for choice in response.json()["choices"]}
             assert len(texts) == (1 if seed else 3)
+
+
+async def test_running_requests_are_those_that_workers_report(deploy: Deploy) -> None:
+    def line(text: str, name: str) -> str:
+        return next(part for part in text.splitlines() if part.startswith(f"vllm:{name}{{"))
+
+    async with deploy(prefill=0) as served:
+        (worker,) = served.decodes
+        worker.ends_at = 3
+        asked = asyncio.create_task(complete(served.http, [3] * 20, n=2))
+        await until(lambda: served.service.num_requests() == (2, 0))
+        text = (await served.http.get("/metrics")).text
+        assert line(text, "num_requests_running").endswith(" 2.0")
+        assert line(text, "num_requests_waiting").endswith(" 0.0")
+        worker.go_on()
+        await asked
+        await until(lambda: served.service.num_requests() == (0, 0))

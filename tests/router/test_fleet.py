@@ -136,3 +136,13 @@ def test_who_can_serve() -> None:
     workers["e"].progress.hung = True
     assert workers.why_not() == "every decode worker hangs"
     assert {candidate.id for candidate in workers.snapshot() if candidate.ready} == {"p"}
+
+
+def test_requests_of_the_whole_deployment() -> None:
+    workers = fleet()
+    assert workers.num_requests() == (0, 0)
+    workers["p"].report(Load(running=1, waiting=2))
+    workers["d"].report(Load(running=5, waiting=3))
+    assert workers.num_requests() == (6, 2)  # the decode worker waits for the other's three
+    workers["d"].report(Load(running=5, waiting=7))
+    assert workers.num_requests() == (6, 6)
