@@ -31,6 +31,7 @@ from router.intake import Intake, unknown_model
 from router.keys import Keys
 from router.metrics import RouterMetrics
 from router.nesting import is_flat
+from router.openapi import document
 from router.reply import Reply
 from router.responses import respond
 from router.schemas import ChatBody, CompletionBody, parse
@@ -39,8 +40,6 @@ from router.text_api import no_embeddings
 
 UPLOAD_S: Final = 60.0
 """How long a request body may take to arrive."""
-PROBE: Final = ["GET", "HEAD"]
-"""Methods of the routes that load balancers ask."""
 _LABEL: Final = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 
@@ -141,20 +140,27 @@ def create_app(parts: Parts) -> FastAPI:
             raise unknown_model(name)
         return json_response(describe())
 
-    @app.api_route("/health", methods=PROBE)
+    @app.head("/health", include_in_schema=False)
+    @app.get("/health")
     async def health() -> Response:
         reason = service.unavailable()
         if reason is None:
             return json_response({"status": "ok"})
         return json_response({"status": "unavailable", "reason": reason}, 503)
 
-    @app.api_route("/ping", methods=PROBE)
+    @app.head("/ping", include_in_schema=False)
+    @app.get("/ping")
     async def ping() -> Response:
         return json_response({"status": "ok"})
 
-    @app.api_route("/version", methods=PROBE)
+    @app.head("/version", include_in_schema=False)
+    @app.get("/version")
     async def version() -> Response:
         return json_response({"version": _version()})
+
+    @app.get("/openapi.json")
+    async def openapi() -> Response:
+        return json_response(document(app, _version()))
 
     @app.get("/metrics")
     async def metrics() -> Response:

@@ -13,7 +13,7 @@ from fastapi import Request as HttpRequest
 from common.errors import RequestError
 from router.keys import Keys
 
-OPEN: Final = frozenset({"/health", "/ping", "/version"})
+OPEN: Final = frozenset({"/health", "/ping", "/version", "/openapi.json"})
 DEBUG: Final = "/debug/"
 
 
