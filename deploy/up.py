@@ -152,7 +152,8 @@ class Deployment:
 
 
 def ready_message(config: UpConfig, model: Model, url: str) -> list[str]:
-    body = json.dumps({"prompt": "A Python list is", "max_tokens": 64, "stream": True})
+    ask = {"prompt": "A Python list is", "max_tokens": 64, "temperature": 0, "stream": True}
+    body = json.dumps(ask)
     key = ' -H "Authorization: Bearer $TANDEM_API_KEY"' if config.api_key else ""
     workers = f"{config.prefill} prefill, {config.decode} decode"
     return [
