@@ -32,6 +32,8 @@ class Options:
     token_ids: bool = False
     tokens_as_ids: bool = False
     """Tokens beside logprobs are shown as `token_id:5`."""
+    reasoning: bool = True
+    """Reasoning is shown, not only told apart from the answer."""
     prompt_logprobs: int | None = None
     n: int = 1
     """Choices that are shown of each prompt; there may be more of which the best are."""

@@ -149,6 +149,7 @@ def create_app(parts: Parts) -> FastAPI:
         return json_response({"status": "unavailable", "reason": reason}, 503)
 
     @app.head("/ping", include_in_schema=False)
+    @app.post("/ping", include_in_schema=False)
     @app.get("/ping")
     async def ping() -> Response:
         return json_response({"status": "ok"})
@@ -179,7 +180,13 @@ def create_app(parts: Parts) -> FastAPI:
 
 
 async def read_json(request: HttpRequest, caps: Caps) -> object:
-    """The decoded body. Raises RequestError: 413 if it is too large, 400 if it is not JSON."""
+    """The decoded body. Raises RequestError: 413 if it is too large, 400 if it is not JSON.
+
+    A web page can send any other type of body to this machine without asking, so the type counts.
+    """
+    if not _is_json(request.headers.get("content-type", "")):
+        message = "The request body must be JSON: send 'Content-Type: application/json'."
+        raise RequestError(400, message, code="unsupported_media_type")
     max_bytes = caps.body_bytes
     length = request.headers.get("content-length", "")
     if length.isdigit() and int(length) > max_bytes:
@@ -202,6 +209,11 @@ async def read_json(request: HttpRequest, caps: Caps) -> object:
         message = f"The request body is nested more than {caps.json_depth} deep."
         raise RequestError(400, message, code="too_deep")
     return value
+
+
+def _is_json(content_type: str) -> bool:
+    media_type = content_type.partition(";")[0].strip().lower()
+    return media_type == "application/json" or media_type.endswith("+json")
 
 
 def _too_large(max_bytes: int) -> RequestError:

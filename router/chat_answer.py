@@ -63,6 +63,8 @@ class ChatAnswer(Answer):
         self._fresh = speech.push(delta.text)
         if delta.finish:
             self._fresh += speech.flush()
+        if not self._options.reasoning:
+            self._fresh = [piece for piece in self._fresh if piece.kind != "reasoning"]
         self._pieces[delta.choice] += self._fresh
         ids = self._call_ids[delta.choice]
         while len(ids) < speech.num_calls:

@@ -9,6 +9,7 @@ from typing import Any, Final
 from common.errors import RequestError
 from router.grammars import Constraint
 from router.schemas import ChatBody, SamplingBody
+from router.subschema import embedded
 
 MAX_BYTES: Final = 65_536
 """Of a schema, expression or grammar."""
@@ -113,14 +114,12 @@ def _tools(body: ChatBody) -> Mapping[str, Any] | None:
         return next(
             t.function for t in body.tools or () if t.function.name == name
         ).arguments_schema
-    if body.tool_choice != "required":
+    if not body.must_call:
         return None
-    calls: list[dict[str, Any]] = []
-    definitions: dict[str, Any] = {}
-    for tool in body.tools or ():
-        schema = dict(tool.function.arguments_schema)
-        for key in ("$defs", "definitions"):
-            definitions.setdefault(key, {}).update(schema.pop(key, {}))
+    calls = []
+    for i, tool in enumerate(body.callable_tools):
+        place = f"#/items/anyOf/{i}/properties/parameters"
+        schema = embedded(tool.function.arguments_schema, place)
         calls.append(
             {
                 "type": "object",
@@ -134,7 +133,6 @@ def _tools(body: ChatBody) -> Mapping[str, Any] | None:
         "items": {"anyOf": calls},
         "minItems": 1,
         "maxItems": 1 if body.parallel_tool_calls is False else MAX_CALLS,
-        **{key: value for key, value in definitions.items() if value},
     }
 
 

@@ -11,6 +11,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     ValidationError,
     ValidationInfo,
     model_validator,
@@ -21,6 +22,11 @@ from common.errors import RequestError
 from router.caps import DEFAULT, Caps
 from router.nesting import is_small
 
+FOREIGN_PARTS: Final = frozenset(
+    {"image_url", "input_image", "input_audio", "audio_url", "video_url", "file", "input_file"}
+)
+"""Types of content parts of models that do not only read text."""
+MAX_METADATA: Final = 64
 SHOWN: Final = 64
 """Characters of a client's name for something that an error repeats."""
 
@@ -75,6 +81,27 @@ def check_free(value: object, info: ValidationInfo) -> object:
 Free = Annotated[Any, BeforeValidator(check_free)]
 
 
+def one_of(*kinds: str, other: str) -> Discriminator:
+    """Chooses the member of a union that the `type` of a value names, `other` if it names none.
+
+    Members are tagged `[kind]`: errors do not show a part of a place that has brackets.
+    """
+
+    def kind(value: object) -> str:
+        given = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+        return f"[{given if given in kinds else other}]"
+
+    return Discriminator(kind)
+
+
+def text_only(part: object) -> object:
+    """Refuse a content part for models that do not only read text, by the name of its type."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if isinstance(kind, str) and kind in FOREIGN_PARTS:
+        raise PydanticCustomError("unsupported_part", "unsupported part", {"kind": kind})
+    return part
+
+
 class Strict(BaseModel):
     """No conversions ("16" is not 16), no infinities, no unknown fields."""
 
@@ -91,6 +118,20 @@ class Strict(BaseModel):
                         "unknown_parameter", "unknown key", {"key": key[:SHOWN]}
                     )
         return data
+
+
+class Labelled(Strict):
+    """What every call may carry without effect: labels for accounts and caches of others."""
+
+    user: str | None = None
+    metadata: Annotated[dict[str, Free], at_most(MAX_METADATA)] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    request_id: str | None = None
+    """The label of a call is its header `x-request-id`."""
 
 
 Body = TypeVar("Body", bound=Strict)
@@ -124,7 +165,8 @@ def explain(error: ValidationError) -> RequestError:
     """The first problem, in OpenAI's words."""
     problems = error.errors(include_url=False, include_input=False)
     # In a union the members before complain of the type.
-    first = next((p for p in problems if p["type"] == "unknown_parameter"), problems[0])
+    named = ("unknown_parameter", "unsupported_part")
+    first = next((p for p in problems if p["type"] in named), problems[0])
     name = str(first["loc"][0]) if first["loc"] else None
     match first["type"]:
         case "unknown_parameter":
@@ -134,8 +176,16 @@ def explain(error: ValidationError) -> RequestError:
             return RequestError(
                 400, f"Unknown parameter: '{path}'.", param=path, code="unknown_parameter"
             )
+        case "unsupported_part":
+            return RequestError(
+                400,
+                f"Content parts of type '{first['ctx']['kind']}' are not supported: this model "
+                "reads text.",
+                param=name,
+                code="unsupported_parameter",
+            )
         case "missing":
-            path = ".".join(map(str, first["loc"]))
+            path = ".".join(str(part) for part in first["loc"] if "[" not in str(part))
             return RequestError(
                 400,
                 f"Missing required parameter: '{path}'.",

@@ -111,7 +111,7 @@ class Intake:
     ) -> Call:
         """Raises RequestError."""
         self._check_model(body.model)
-        if body.top_logprobs is not None and not body.logprobs:
+        if body.top_logprobs and not body.logprobs:
             message = "'top_logprobs' needs 'logprobs': true."
             raise RequestError(400, message, param="top_logprobs")
         limits = await self._service.limits()
@@ -152,7 +152,7 @@ class Intake:
             thinks = (prompt.text or "").rstrip().endswith(THINK[0])
         if body.forced_tool is not None:
             return Manner("named", body.forced_tool, thinks)
-        if body.tool_choice == "required":
+        if body.must_call:
             return Manner("list", "", thinks)
         if not body.offers_tools or constrained:
             return Manner("none", "", thinks)
@@ -162,7 +162,7 @@ class Intake:
         return prompt.text if prompt.text is not None else self._text_model.decode(prompt.tokens)
 
     def _check_model(self, name: str | None) -> None:
-        if name is not None and name != self._model:
+        if name and name != self._model:
             raise unknown_model(name)
 
     def _requests(
@@ -304,6 +304,7 @@ def _options(body: SamplingBody, logprobs: int | None) -> Options:
         continuous_usage=bool(stream and stream.continuous_usage_stats),
         token_ids=bool(body.return_token_ids),
         tokens_as_ids=bool(body.return_tokens_as_token_ids),
+        reasoning=not isinstance(body, ChatBody) or body.include_reasoning is not False,
         prompt_logprobs=body.prompt_logprobs,
         n=body.n or 1,
         logprobs=logprobs,

@@ -75,7 +75,7 @@ async def chat_prompt(body: ChatBody, text_model: TextModel, limits: Limits) -> 
         _check_length("".join(m["content"] for m in messages), text_model, limits, "messages")
     tools = None
     if body.offers_tools:
-        tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
+        tools = [tool.model_dump(exclude_none=True) for tool in body.callable_tools]
     variables = dict(body.chat_template_kwargs or {})
     if body.reasoning_effort is not None:
         variables.setdefault("reasoning_effort", body.reasoning_effort)
@@ -127,14 +127,18 @@ def _plain(message: Message, knows_developer: bool) -> dict[str, Any]:
     """A message as templates expect it: text content, decoded tool arguments."""
     content = message.content
     if isinstance(content, list):
-        content = "\n".join(part.text for part in content)
+        content = "\n".join(part.shown for part in content)
     role = message.role
     if role == "developer" and not knows_developer:
         role = "system"
     plain: dict[str, Any] = {"role": role, "content": content or ""}
-    for name in ("name", "reasoning_content", "tool_call_id"):
-        if (value := getattr(message, name)) is not None:
-            plain[name] = value
+    if message.name is not None:
+        plain["name"] = message.name
+    if message.tool_call_id is not None:
+        plain["tool_call_id"] = message.tool_call_id
+    reasoning = message.reasoning_content
+    if (reasoning := message.reasoning if reasoning is None else reasoning) is not None:
+        plain["reasoning_content"] = reasoning
     if message.tool_calls:
         plain["tool_calls"] = [
             {
@@ -142,7 +146,7 @@ def _plain(message: Message, knows_developer: bool) -> dict[str, Any]:
                 "type": "function",
                 "function": {
                     "name": call.function.name,
-                    "arguments": _decoded(call.function.arguments),
+                    "arguments": _decoded(call.function.arguments or "{}"),
                 },
             }
             for call in message.tool_calls

@@ -6,14 +6,23 @@ what refers to an earlier response is refused by name, and `store` has no effect
 
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import BeforeValidator, Field, Tag
 
 from common.errors import RequestError
 from router.caps import DEFAULT, Caps
-from router.fields import Free, Strict, at_most, no_more, refuse, validated
+from router.fields import (
+    Free,
+    Labelled,
+    Strict,
+    at_most,
+    no_more,
+    one_of,
+    refuse,
+    text_only,
+    validated,
+)
 from router.schemas import (
     MAX_COUNT,
-    MAX_METADATA,
     MAX_PARTS,
     MAX_TOOLS,
     FunctionTool,
@@ -28,7 +37,9 @@ class _Part(Strict):
     logprobs: Free = None
 
 
-_Parts = Annotated[list[_Part], Field(fail_fast=True), at_most(MAX_PARTS)]
+_Parts = Annotated[
+    list[Annotated[_Part, BeforeValidator(text_only)]], Field(fail_fast=True), at_most(MAX_PARTS)
+]
 
 
 class _Item(Strict):
@@ -63,17 +74,12 @@ class ReasoningItem(_Item):
     encrypted_content: str | None = None
 
 
-def _kind(item: object) -> str:
-    kind = item.get("type") if isinstance(item, dict) else None
-    return "message" if kind is None else str(kind)
-
-
 InputItem = Annotated[
-    Annotated[MessageItem, Tag("message")]
-    | Annotated[CallItem, Tag("function_call")]
-    | Annotated[CallOutputItem, Tag("function_call_output")]
-    | Annotated[ReasoningItem, Tag("reasoning")],
-    Discriminator(_kind),
+    Annotated[MessageItem, Tag("[message]")]
+    | Annotated[CallItem, Tag("[function_call]")]
+    | Annotated[CallOutputItem, Tag("[function_call_output]")]
+    | Annotated[ReasoningItem, Tag("[reasoning]")],
+    one_of("function_call", "function_call_output", "reasoning", other="message"),
 ]
 
 
@@ -103,7 +109,7 @@ class ResponseStreamOptions(Strict):
     """Accepted without effect: nothing is padded."""
 
 
-class ResponseBody(Strict):
+class ResponseBody(Labelled):
     """Fields without a comment mean what they mean in chat completions."""
 
     input: (
@@ -144,13 +150,6 @@ class ResponseBody(Strict):
     chat_template_kwargs: Free = None
 
     # Accepted without effect.
-    user: str | None = None
-    metadata: Annotated[dict[str, Free], at_most(MAX_METADATA)] | None = None
-    store: bool | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
     max_tool_calls: int | None = Field(None, ge=1, le=MAX_COUNT)
     """Of tools that the server runs itself: there are none."""
 

@@ -10,21 +10,25 @@ keys are looked for before the values are.
 
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, Tag
 from pydantic_core import PydanticCustomError
 
 from common.errors import RequestError
 from router.caps import DEFAULT, Caps
 from router.fields import (
+    MAX_METADATA,
     SHOWN,
     Body,
     Free,
+    Labelled,
     Strict,
     at_most,
     check_free,
     no_longer,
     no_more,
+    one_of,
     refuse,
+    text_only,
     validated,
 )
 
@@ -37,7 +41,6 @@ MAX_ALL_PARTS: Final = 4_096
 """Content parts and tool calls of one call."""
 MAX_TOOL_CALLS: Final = 128
 MAX_TOOLS: Final = 128
-MAX_METADATA: Final = 64
 MAX_COUNT: Final = 2**31 - 1
 """Of counts of tokens; the context of the model decides below this."""
 _INT64: Final = 2**63
@@ -60,7 +63,7 @@ class StreamOptions(Strict):
     """Accepted without effect: nothing is padded."""
 
 
-class SamplingBody(Strict):
+class SamplingBody(Labelled):
     """What completions and chat completions share."""
 
     model: Annotated[str, Field(max_length=1_024)] | None = None
@@ -97,21 +100,17 @@ class SamplingBody(Strict):
     guided_regex: Free = None
     cache_salt: Annotated[str, Field(max_length=256)] | None = None
 
-    # Accepted without effect.
-    user: str | None = None
-    metadata: Annotated[dict[str, Free], at_most(MAX_METADATA)] | None = None
-    store: bool | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
-
     # Known, but only in the values that ask for nothing: see `_NEUTRAL`.
     allowed_token_ids: Free = None
     bad_words: Free = None
+    guided_decoding_backend: Free = None
+    guided_whitespace_pattern: Free = None
+    kv_transfer_params: Free = None
     length_penalty: Free = None
+    logits_processors: Free = None
     spaces_between_special_tokens: Free = None
     use_beam_search: Free = None
+    vllm_xargs: Free = None
 
 
 class CompletionBody(SamplingBody):
@@ -124,11 +123,12 @@ class CompletionBody(SamplingBody):
     echo: bool | None = None
     logprobs: _Logprobs | None = None
     best_of: Annotated[int, Field(ge=1), no_more("best_of")] | None = None
+    prompt_embeds: Free = None
     suffix: Free = None
 
 
 class TokenizeBody(Strict):
-    """Of `/tokenize` with a text; a conversation is a ChatBody."""
+    """Of `/tokenize` with a text."""
 
     model: Annotated[str, Field(max_length=1_024)] | None = None
     prompt: str
@@ -145,16 +145,31 @@ class TextPart(Strict):
     type: Literal["text", "input_text", "output_text"]
     text: str
 
+    @property
+    def shown(self) -> str:
+        return self.text
+
+
+class RefusalPart(Strict):
+    type: Literal["refusal"]
+    refusal: str
+
+    @property
+    def shown(self) -> str:
+        return self.refusal
+
 
 class ToolFunction(Strict):
     name: str
-    arguments: str
+    arguments: str | None = None
 
 
 class ToolCall(Strict):
     id: str
     type: Literal["function"] = "function"
     function: ToolFunction
+    index: int | None = None
+    """In the stream that the client collected it from; without effect."""
 
 
 class FunctionTool(Strict):
@@ -183,7 +198,32 @@ class NamedTool(Strict):
     function: _ToolName
 
 
-_Parts = Annotated[list[TextPart], Field(fail_fast=True), at_most(MAX_PARTS)]
+class _ToolSet(Strict):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(min_length=1, fail_fast=True), at_most(MAX_TOOLS)]
+
+
+class AllowedTools(Strict):
+    """Some of the tools may be called, one of them must be (`required`)."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: _ToolSet
+
+
+_ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("[mode]")]
+    | Annotated[NamedTool, Tag("[function]")]
+    | Annotated[AllowedTools, Tag("[allowed_tools]")],
+    one_of("function", "allowed_tools", other="mode"),
+]
+_Part = Annotated[
+    Annotated[
+        Annotated[TextPart, Tag("[text]")] | Annotated[RefusalPart, Tag("[refusal]")],
+        one_of("refusal", other="text"),
+    ],
+    BeforeValidator(text_only),
+]
+_Parts = Annotated[list[_Part], Field(fail_fast=True), at_most(MAX_PARTS)]
 _ToolCalls = Annotated[list[ToolCall], Field(fail_fast=True), at_most(MAX_TOOL_CALLS)]
 
 
@@ -193,8 +233,15 @@ class Message(Strict):
     name: str | None = None
     refusal: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None
     tool_calls: _ToolCalls | None = None
     tool_call_id: str | None = None
+
+    # What other servers' answers carry, when they are sent back: nothing, but for citations.
+    annotations: Free = None
+    """Accepted without effect."""
+    audio: None = None
+    function_call: None = None
 
 
 def _check_total(messages: object) -> object:
@@ -232,13 +279,16 @@ class ChatBody(SamplingBody):
     chat_template_kwargs: Annotated[dict[str, Free], at_most(MAX_METADATA)] | None = None
     continue_final_message: bool | None = None
     tools: Annotated[list[Tool], Field(fail_fast=True), at_most(MAX_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: _ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Annotated[str, Field(max_length=64)] | None = None
+    include_reasoning: bool | None = None
     documents: Free = None
     echo: Free = None
     function_call: Free = None
     functions: Free = None
+    media_io_kwargs: Free = None
+    mm_processor_kwargs: Free = None
     modalities: Free = None
     prediction: Free = None
     verbosity: Free = None
@@ -250,9 +300,40 @@ class ChatBody(SamplingBody):
         return self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
 
     @property
+    def must_call(self) -> bool:
+        """Some tool must be called, whichever."""
+        if isinstance(self.tool_choice, AllowedTools):
+            return self.tool_choice.allowed_tools.mode == "required"
+        return self.tool_choice == "required"
+
+    @property
     def offers_tools(self) -> bool:
         """The model may call tools."""
         return bool(self.tools) and self.tool_choice != "none"
+
+    @property
+    def chosen_names(self) -> list[str]:
+        """Tools that `tool_choice` names."""
+        match self.tool_choice:
+            case NamedTool(function=function):
+                return [function.name]
+            case AllowedTools(allowed_tools=allowed):
+                return [tool.function.name for tool in allowed.tools]
+        return []
+
+    @property
+    def callable_tools(self) -> list[Tool]:
+        """Those that the model is told of: a choice of some hides the others."""
+        tools = self.tools or []
+        if not isinstance(self.tool_choice, AllowedTools):
+            return tools
+        return [tool for tool in tools if tool.function.name in self.chosen_names]
+
+
+class TokenizeChatBody(ChatBody):
+    """Of `/tokenize` with a conversation."""
+
+    return_token_strs: bool | None = None
 
 
 _NEUTRAL: Final[dict[str, tuple[object, ...]]] = {
@@ -264,13 +345,21 @@ _NEUTRAL: Final[dict[str, tuple[object, ...]]] = {
     "echo": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
+    "guided_decoding_backend": (),
+    "guided_whitespace_pattern": (),
+    "kv_transfer_params": (),
     "length_penalty": (1.0,),
+    "logits_processors": ([],),
+    "media_io_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
     "prediction": (),
+    "prompt_embeds": (),
     "spaces_between_special_tokens": (True,),
     "suffix": ("",),
     "use_beam_search": (False,),
-    "verbosity": (),
+    "verbosity": ("medium",),
+    "vllm_xargs": ({},),
     "web_search_options": (),
 }
 """Parameters that are not supported, with the values (besides null) that ask for nothing."""
@@ -293,11 +382,13 @@ def _check_tools(body: ChatBody) -> None:
     names = [tool.function.name for tool in body.tools or ()]
     if len(set(names)) < len(names):
         raise RequestError(400, "Two tools have the same name.", param="tools")
-    if body.tool_choice not in (None, "none", "auto") and not names:
+    asks = body.tool_choice not in (None, "none")
+    if asks and (body.tools is None or (not names and body.tool_choice != "auto")):
         raise RequestError(400, "'tool_choice' needs 'tools'.", param="tool_choice")
-    if body.forced_tool is not None and body.forced_tool not in names:
-        message = f"There is no tool '{body.forced_tool[:SHOWN]}' in 'tools'."
-        raise RequestError(400, message, param="tool_choice")
+    for name in body.chosen_names:
+        if name not in names:
+            message = f"There is no tool '{name[:SHOWN]}' in 'tools'."
+            raise RequestError(400, message, param="tool_choice")
     if body.continue_final_message and body.add_generation_prompt:
         message = "'continue_final_message' excludes 'add_generation_prompt'."
         raise RequestError(400, message, param="continue_final_message")

@@ -9,7 +9,7 @@ from common.errors import RequestError
 from router.caps import Caps
 from router.fleet import Limits
 from router.prompts import chat_prompt
-from router.schemas import ChatBody, DetokenizeBody, TokenizeBody, parse
+from router.schemas import DetokenizeBody, TokenizeBody, TokenizeChatBody, parse
 from router.tokenizer import TextModel
 
 
@@ -20,8 +20,8 @@ class TextApi:
     async def tokenize(self, data: object, limits: Limits, caps: Caps) -> dict[str, Any]:
         """A text (`prompt`), or a conversation (`messages`). Raises RequestError (400)."""
         if isinstance(data, dict) and "messages" in data:
-            shown = bool(data.pop("return_token_strs", False))
-            body = parse(ChatBody, data, caps)
+            body = parse(TokenizeChatBody, data, caps)
+            shown = bool(body.return_token_strs)
             tokens = (await chat_prompt(body, self._text_model, limits)).tokens
         else:
             plain = parse(TokenizeBody, data)

@@ -163,7 +163,9 @@ async def deployment(
     server = Server(http_config(create_app(parts), caps, tls))
     engine = asyncio.create_task(service.run())
     serving = asyncio.create_task(server.serve(sockets=[listener]))
-    headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+    headers = {"content-type": "application/json"}
+    if api_key:
+        headers["authorization"] = f"Bearer {api_key}"
     verify = ssl.create_default_context(cafile=tls.certificate) if tls else True
     async with (
         httpx.AsyncClient(base_url=url, timeout=30, headers=headers, verify=verify) as http,

@@ -83,7 +83,7 @@ async def test_every_route_wants_the_key(text_model: TextModel) -> None:
                     assert response.headers["www-authenticate"] == "Bearer"
                     assert response.json()["error"]["code"] == "invalid_api_key"
             good = {"authorization": f"bearer {KEY}"}
-            response = await http.request(method, path, headers=good, content=b"{}")
+            response = await http.request(method, path, headers=good, json={})
             assert response.status_code not in (401, 403), path
 
 

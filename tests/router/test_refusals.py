@@ -73,6 +73,9 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str | None, str | None]] = [
     ({**TEXT, "stream": True, "stream_options": {"x": 1}}, "stream_options.x", "unknown_parameter"),
     ({**TEXT, "temprature": 1}, "temprature", "unknown_parameter"),
     ({**TEXT, "suffix": "x"}, "suffix", "unsupported_parameter"),
+    ({**TEXT, "prompt_embeds": "x"}, "prompt_embeds", "unsupported_parameter"),
+    ({**TEXT, "vllm_xargs": {"a": 1}}, "vllm_xargs", "unsupported_parameter"),
+    ({**TEXT, "request_id": 5}, "request_id", "invalid_type"),
     ({**TEXT, "n": 2, "best_of": 1}, "best_of", None),
     ({**TEXT, "best_of": 129}, "best_of", "invalid_value"),
     ({**TEXT, "prompt_logprobs": 21}, "prompt_logprobs", "invalid_value"),
@@ -112,13 +115,37 @@ BAD_CHATS: list[tuple[dict[str, Any], str | None, str | None]] = [
     ({"messages": [{"role": "user", "content": "x", "y": 1}]}, "messages.0.y", None),
     (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
-        "messages.0.content.0.image_url",
+        "messages",
+        "unsupported_parameter",
+    ),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "text", "x": ""}]}]},
+        "messages.0.content.0.x",
         "unknown_parameter",
     ),
+    ({"messages": [{"role": "user", "audio": {"id": "x"}}]}, "messages", "invalid_value"),
     ({**CHAT, "top_logprobs": 1}, "top_logprobs", None),
     ({**CHAT, "logprobs": 1}, "logprobs", "invalid_type"),
     ({**CHAT, "max_completion_tokens": 5000}, "messages", "context_length_exceeded"),
     ({**CHAT, "tool_choice": "required"}, "tool_choice", None),
+    ({**CHAT, "tool_choice": "required", "tools": []}, "tool_choice", None),
+    ({**CHAT, "tool_choice": "auto"}, "tool_choice", None),
+    ({**CHAT, "tool_choice": {"type": "function"}}, "tool_choice.function", None),
+    (
+        {
+            **CHAT,
+            "tools": [TOOL],
+            "tool_choice": {
+                "type": "allowed_tools",
+                "allowed_tools": {
+                    "mode": "auto",
+                    "tools": [{"type": "function", "function": {"name": "g"}}],
+                },
+            },
+        },
+        "tool_choice",
+        None,
+    ),
     ({**CHAT, "tool_choice": "always"}, "tool_choice", None),
     ({**CHAT, "tools": [TOOL, TOOL]}, "tools", None),
     ({**CHAT, "tools": [TOOL] * 129}, "tools", None),
@@ -144,6 +171,8 @@ FINE: dict[str, Any] = {
     "temperature": None, "top_p": None, "presence_penalty": None, "logit_bias": None, "seed": None,
     "logprobs": None, "user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "auto",
     "response_format": {"type": "text"}, "guided_json": None, "priority": 0, "top_k": -1,
+    "request_id": "r", "vllm_xargs": None, "kv_transfer_params": None, "logits_processors": None,
+    "guided_decoding_backend": None, "guided_whitespace_pattern": None,
 }  # fmt: skip
 
 
@@ -192,16 +221,50 @@ async def test_nulls_and_fields_without_effect_are_accepted(deploy: Deploy) -> N
             {
                 "role": "assistant",
                 "content": None,
+                "refusal": None,
+                "reasoning": "hm",
+                "annotations": [],
+                "audio": None,
+                "function_call": None,
                 "tool_calls": [
-                    {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+                    {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}},
+                    {"index": 1, "id": "2", "function": {"name": "f", "arguments": None}},
                 ],
             },
+            {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]},
             {"role": "tool", "tool_call_id": "1", "content": "5"},
         ]
         chat = await served.http.post(
             "/v1/chat/completions", json={"messages": tools, "max_tokens": 1}
         )
         assert chat.status_code == 200, chat.text
+        # What asks for nothing needs nothing, and no model is the one that there is.
+        free = {**CHAT, "top_logprobs": 0, "tools": [], "tool_choice": "auto", "model": ""}
+        chat = await served.http.post("/v1/chat/completions", json=free)
+        assert chat.status_code == 200, chat.text
+
+
+async def test_bodies_are_json_and_say_so(deploy: Deploy) -> None:
+    """A page of another origin may send any other type without asking the browser's leave."""
+    body = msgspec.json.encode({**TEXT, "max_tokens": 1})
+    async with deploy() as served:
+        for kind, status in (
+            ("application/json; charset=utf-8", 200),
+            ("Application/JSON", 200),
+            ("application/vnd.api+json", 200),
+            ("text/plain", 400),
+            ("application/x-www-form-urlencoded", 400),
+            ("", 400),
+        ):
+            response = await served.http.post(
+                "/v1/completions", content=body, headers={"content-type": kind}
+            )
+            assert response.status_code == status, kind
+            if status == 400:
+                check(response, 400, None, "unsupported_media_type")
+        assert (await served.http.post("/ping")).status_code == 200
+        names = {**CHAT, "return_token_strs": "yes"}
+        check(await served.http.post("/tokenize", json=names), 400, "return_token_strs", None)
 
 
 async def test_words_that_clients_look_for(deploy: Deploy) -> None:

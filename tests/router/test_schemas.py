@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from common.errors import RequestError
 from router import schemas
 from router.caps import DEFAULT
+from router.fields import MAX_METADATA
 from router.schemas import ChatBody, CompletionBody, SamplingBody, parse
 
 HUGE = (2**31, 2**63, 2**70, -(2**63) - 1, -(2**70), 10**400)
@@ -82,7 +83,7 @@ CAPS: list[tuple[type[SamplingBody], Any, int]] = [
     (
         CompletionBody,
         lambda n: {"prompt": "x", "metadata": {str(i): "" for i in range(n)}},
-        schemas.MAX_METADATA,
+        MAX_METADATA,
     ),
     (ChatBody, lambda n: {"messages": message()["messages"] * n}, DEFAULT.messages),
     (ChatBody, lambda n: message(content=[TEXT_PART] * n), schemas.MAX_PARTS),
