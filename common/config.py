@@ -195,6 +195,19 @@ class HttpConfig(ExposureConfig):
     max_header_bytes: int = flag(32 << 10, "largest request line and headers of one request")
     max_json_depth: int = flag(64, "deepest nesting of a request body")
     max_resumes: int = flag(3, "failures of workers that one request survives")
+    slo_ttft: str | None = flag(
+        None, "limit of the first token, such as 500ms or 2s+1.5x (a time, and times the prefill "
+        "of the prompt without any cache); what cannot meet it is refused with 429 at once; none: "
+        "everything waits its turn",
+    )  # fmt: skip
+    slo_itl: str | None = flag(
+        None, "limit of the time between two tokens, such as 50ms; none: nothing is refused for it"
+    )
+    local_prefill: str = flag(
+        "auto", "when decode workers compute prompts beside their tokens: where it costs less and "
+        "steps stay within --slo-itl (50ms if not set), or only where no prefill worker can",
+        choices=("auto", "fallback"),
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         for name in inspect.get_annotations(HttpConfig):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from common.blockhash import BlockHash
+from common.cost import Costs
 from common.messages import Load, ToRouter, ToWorker
 
 AttemptId = tuple[int, int]
@@ -115,3 +116,5 @@ class Status:
     state: str = "ready"
     step_s: float = 0.0
     """How long a step may be predicted to take, from the longest of late."""
+    costs: Costs = field(default_factory=Costs)
+    """What its steps were measured to cost."""

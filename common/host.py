@@ -228,6 +228,7 @@ class Host:
             load=status.load,
             busy=status.busy,
             state=status.state,
+            costs=status.costs,
         )
 
     async def _tick(self) -> None:

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from common.engine import Engine
 from common.events import Outgoing, Status
+from common.step_meter import StepMeter
 
 
 class Carrier(Protocol):
@@ -40,12 +41,14 @@ def run(engine: Engine, inbox: "SimpleQueue[object]", carrier: Carrier) -> None:
     """
     checked = True
     longest_s = 0.0
+    meter = StepMeter()
     while True:
         take_all(engine, inbox, timeout=0.0)
         if engine.done:
             break
         batch = engine.next_batch()
-        carrier.status = replace(engine.status(busy=bool(batch)), step_s=LONGER * longest_s)
+        status = engine.status(busy=bool(batch))
+        carrier.status = replace(status, step_s=LONGER * longest_s, costs=meter.costs)
         items = engine.flush()
         if items:
             carrier.post(items)
@@ -57,6 +60,7 @@ def run(engine: Engine, inbox: "SimpleQueue[object]", carrier: Carrier) -> None:
             took_s = monotonic() - started
             longest_s = max(took_s, FORGET * longest_s)
             engine.metrics.step_seconds.observe(took_s)
+            meter.saw(batch, took_s)
             engine.settle(batch, results)
             continue
         deadline = engine.deadline()

@@ -9,6 +9,7 @@ from typing import Final
 
 import msgspec
 
+from common.cost import Costs
 from common.errors import ProtocolError
 from common.sampling import SamplingParams
 
@@ -176,6 +177,7 @@ class Pong(msgspec.Struct, frozen=True, tag="pong"):
     busy: bool = False
     """The engine has work; with `steps` standing still this means that it hangs."""
     state: str = "ready"
+    costs: Costs = Costs()
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):

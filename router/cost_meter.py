@@ -1,28 +1,71 @@
-"""What the work of one worker costs, measured by what its router sees. Owned by `router.fleet`.
+"""What the work of one worker costs, by what it says and by what its router sees. Owned by
+`router.fleet`.
+
+A worker measures its steps itself, and a router that just started places upon that. What a prefill
+worker's queue costs is better known by what the router sees, once it saw enough.
 
 A prefill worker computes prompts in the order in which they came: a prompt's compute lasts from
 when it was sent, or from the first output before its own if that came later. Work of other routers
 counts as this prompt's, so the cost of a shared worker is rather over- than underestimated.
 """
 
+from dataclasses import replace
 from typing import Final
 
+from common.cost import PRIOR, CostModel, Costs
+from common.cost_fit import CostFit
 from common.messages import Load
-from router.cost import CostModel
-from router.cost_fit import CostFit
 
 ENOUGH: Final = 32
 """Prefills that a worker's own model needs before it counts."""
 UNLIKE: Final = 1.5
 """Factor from its peers at which a worker is placed upon by its own model. Below it is taken to be
 like them, so that noise prefers nobody."""
+TOLD: Final = 8
+"""Steps after which what a worker says of them counts."""
 _PROMPT: Final = 1_000
 
 
+class Peers:
+    """Workers of one role and model: what they cost, as the router sees it and as they say."""
+
+    def __init__(self, prefills: "Peers | None" = None) -> None:
+        """prefills: what prompts cost where these workers have computed none yet."""
+        self.fit = CostFit()
+        self._told = PRIOR
+        self._knows_prompts = False
+        self._prefills = prefills
+
+    def told(self, costs: Costs) -> None:
+        """One of them said what it measured: of all that is known, the part that it knows."""
+        if costs.num_prefills >= TOLD:
+            self._told = _join(prompts=costs.model, steps=self._told)
+            self._knows_prompts = True
+        if costs.num_steps >= TOLD:
+            self._told = _join(prompts=self._told, steps=costs.model)
+        if not self.fit.num_prefills and not self.fit.num_steps:
+            self.fit = CostFit(self._told)
+
+    @property
+    def own_prompts(self) -> CostModel:
+        """What prompts cost that they compute beside their decode rows, which no router sees."""
+        if self._knows_prompts or self._prefills is None:
+            return self._told
+        return self._prefills.fit.model
+
+
+def _join(*, prompts: CostModel, steps: CostModel) -> CostModel:
+    return replace(
+        steps, prefill_s=prompts.prefill_s, token_s=prompts.token_s, pair_s=prompts.pair_s
+    )
+
+
 class CostMeter:
-    def __init__(self, peers: CostFit) -> None:
-        """`peers`: what all workers of the role are measured by; shared."""
+    def __init__(self, peers: Peers, *, decodes: bool = False) -> None:
+        """`peers`: what all workers of the role are measured by; shared. `decodes`: it computes
+        prompts only beside other work."""
         self._peers = peers
+        self._decodes = decodes
         self._own = CostFit()
         self._sent: dict[object, float] = {}
         self._computed_at = 0.0
@@ -32,11 +75,17 @@ class CostMeter:
     @property
     def model(self) -> CostModel:
         """The costs to place upon."""
-        own, peers = self._own.model, self._peers.model
+        own, peers = self._own.model, self._peers.fit.model
+        if self._decodes:
+            return _join(prompts=self._peers.own_prompts, steps=peers)
         if self._own.num_prefills < ENOUGH:
             return peers
         ratio = own.prefill(_PROMPT) / peers.prefill(_PROMPT)
         return own if not 1 / UNLIKE < ratio < UNLIKE else peers
+
+    def told(self, costs: Costs) -> None:
+        """What the worker measured of itself."""
+        self._peers.told(costs)
 
     def sent(self, prompt: object, now: float) -> None:
         """A prompt was sent to the worker."""
@@ -50,7 +99,7 @@ class CostMeter:
         """Its first output came, after `new` tokens were computed and `cached` ones reused."""
         seconds = now - max(self._sent.pop(prompt), self._computed_at)
         self._computed_at = now
-        for fit in (self._own, self._peers):
+        for fit in (self._own, self._peers.fit):
             fit.saw_prefill(new, cached, seconds)
 
     def dropped(self, prompt: object) -> None:
@@ -61,7 +110,7 @@ class CostMeter:
         """The outputs of a decode worker's step came, and its load after it."""
         before, since = self._load, self._stepped_at
         if since is not None and not before.prefill_tokens and not load.prefill_tokens:
-            for fit in (self._own, self._peers):
+            for fit in (self._own, self._peers.fit):
                 fit.saw_step(before.running, before.kv_tokens, now - since)
         self._load = load
         # An idle worker waits before its next step.

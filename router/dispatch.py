@@ -54,12 +54,16 @@ class Dispatcher:
         fleet: Fleet,
         metrics: RouterMetrics,
         patience: Patience,
+        step_s: float | None = None,
     ) -> None:
+        """`step_s`: how long a decode step may become by a prompt that is computed beside it; None:
+        only what is next to nothing is."""
         self._directory = directory
         self._link = link
         self._fleet = fleet
         self._metrics = metrics
         self._patience = patience
+        self._step_s = step_s
         self._rng = random.Random()
         self._requests: dict[int, Request] = {}
         self._waiting = WaitingQueue(metrics)
@@ -131,6 +135,7 @@ class Dispatcher:
             avoid=frozenset(request.avoid | request.refused),
             avoid_pairs=frozenset(request.avoid_pairs),
             content_id=request.content_id,
+            itl_s=self._step_s,
         )
         snapshot = self._fleet.snapshot()
         placement = place(view, snapshot, self._rng)

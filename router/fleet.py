@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from common.messages import Load, Peer, WorkerInfo
-from router.cost_fit import CostFit
-from router.cost_meter import CostMeter
+from router.cost_meter import CostMeter, Peers
 from router.placement import Candidate
 from router.progress import Progress
 from router.request import Attempt
@@ -99,6 +98,7 @@ class Member:
             num_seqs=self.num_seqs.value,
             ready=self.state == "ready",
             cost=self.meter.model,
+            chunk_tokens=self.info.max_num_batched_tokens,
         )
 
 
@@ -122,7 +122,7 @@ class Fleet:
         """`max_model_len` above 0 bounds what the workers allow. `hang_s`: see `Progress`."""
         self._members: dict[str, Member] = {}
         self._clock = clock
-        self._costs: dict[tuple[str, str], CostFit] = {}
+        self._costs: dict[tuple[str, str], Peers] = {}
         """What computing costs on all workers of a role and content id."""
         self._max_model_len = max_model_len
         self._hang_s = hang_s
@@ -142,8 +142,10 @@ class Fleet:
         return None if worker_id is None else self._members.get(worker_id)
 
     def up(self, info: WorkerInfo) -> None:
-        peers = self._costs.setdefault((info.role, info.content_id), CostFit())
-        self._members[info.id] = Member(info, self._hang_s, CostMeter(peers))
+        prefills = self._costs.setdefault(("prefill", info.content_id), Peers())
+        peers = self._costs.setdefault((info.role, info.content_id), Peers(prefills))
+        meter = CostMeter(peers, decodes=info.role == "decode")
+        self._members[info.id] = Member(info, self._hang_s, meter)
         self._update_limits()
 
     def down(self, worker_id: str) -> None:

@@ -32,6 +32,7 @@ from router.membership import Membership, content_ids
 from router.metrics import RouterMetrics
 from router.server import Server, Tls, http_config, listen
 from router.service import Service
+from router.slo import STEP_S, Slo, parse
 from router.speech import FORMATS, Format
 from router.tokenizer import TextModel, locate
 
@@ -64,6 +65,7 @@ async def _serve(
     listener: socket.socket,
 ) -> None:
     caps, cors, tls = Caps.of(config), Cors.of(config), Tls.of(config)
+    slo = parse(config.slo_ttft, config.slo_itl)
     await check_redis(redis_url)
     assert config.model is not None
     model = config.served_model_name or config.model
@@ -78,6 +80,7 @@ async def _serve(
         link=link,
         metrics=metrics,
         patience=Patience(max_resumes=config.max_resumes),
+        step_s=_step_s(config, slo),
         max_model_len=config.max_model_len,
         hang_s=config.hang_s,
     )
@@ -97,6 +100,13 @@ async def _serve(
     finally:
         await grammars.close()
         await link.close()
+
+
+def _step_s(config: RouterConfig, slo: Slo) -> float | None:
+    """How long a decode step may become where a prompt is computed beside it."""
+    if config.local_prefill == "fallback":
+        return None
+    return STEP_S if slo.itl_s is None else slo.itl_s
 
 
 def _tool_format(config: RouterConfig) -> Format | None:

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Final, TypeVar
 
+from common.cost import PRIOR, CostModel
 from common.messages import KvLayoutInfo
-from router.cost import PRIOR, CostModel
 
 _Option = TypeVar("_Option")
 

@@ -40,9 +40,11 @@ class Service:
         link: RouterLink,
         metrics: RouterMetrics,
         patience: Patience,
+        step_s: float | None = None,
         max_model_len: int = 0,
         hang_s: float = 30.0,
     ) -> None:
+        """`step_s`: see `Dispatcher`; `max_model_len`, `hang_s`: see `Fleet`."""
         self.fleet = Fleet(max_model_len, hang_s)
         self.draining = False
         """Set once, on shutdown: nothing new is accepted."""
@@ -51,7 +53,7 @@ class Service:
         self._link = link
         self._metrics = metrics
         self._grace_s = patience.grace_s
-        self._dispatcher = Dispatcher(directory, link, self.fleet, metrics, patience)
+        self._dispatcher = Dispatcher(directory, link, self.fleet, metrics, patience, step_s)
         self._inspector = Inspector()
         self._came = asyncio.Event()
         """A worker came up."""
@@ -159,6 +161,7 @@ class Service:
 
     def _take_pong(self, member: Member, pong: Pong) -> None:
         member.report(pong.load)
+        member.meter.told(pong.costs)
         member.draining = member.draining or pong.state != "ready"
         was_hung = member.progress.hung
         member.progress.report(pong.steps, pong.busy, time.monotonic())

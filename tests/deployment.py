@@ -52,7 +52,9 @@ class Deployment:
         self.temporary = Path(tempfile.mkdtemp(prefix="td-", dir="/tmp"))
         self._shm_before = _shared_memory()
         env = {name: value for name, value in os.environ.items() if not name.startswith("TANDEM_")}
-        env |= {"TMPDIR": str(self.temporary), "OMP_NUM_THREADS": "1"} | self._env
+        env |= {"TMPDIR": str(self.temporary), "OMP_NUM_THREADS": "1"}
+        # Which worker computes a prompt is not to depend on how fast this machine is today.
+        env |= {"TANDEM_LOCAL_PREFILL": "fallback"} | self._env
         self.process = subprocess.Popen(
             [sys.executable, "-m", "deploy.cli", "up", *self._flags],
             stdin=subprocess.DEVNULL,

@@ -5,8 +5,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from common.cost import CostModel
 from common.errors import ConfigError
-from router.cost import CostModel
 
 
 @dataclass(frozen=True, kw_only=True)

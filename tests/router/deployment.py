@@ -116,6 +116,7 @@ async def deployment(
     caps: Caps = CAPS,
     hang_s: float = 30.0,
     content_ids: frozenset[str] = frozenset(),
+    step_s: float | None = None,
 ) -> AsyncIterator[Deployment]:
     namespace = f"test-{next(_namespaces)}"
     identity = text_id(text_files, None)
@@ -128,6 +129,7 @@ async def deployment(
         link=link,
         metrics=metrics,
         patience=patience,
+        step_s=step_s,
         hang_s=hang_s,
     )
     grammars = Grammars(text_files)

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.cost import CostModel
 from common.messages import KvLayoutInfo
-from router.cost import CostModel
 from router.placement import LOCAL_TOKENS, Candidate, Placement, View, place
 
 LAYOUT = KvLayoutInfo(block_size=16, num_layers=2, num_kv_heads=2, head_dim=8, dtype="float32")

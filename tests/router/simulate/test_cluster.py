@@ -16,9 +16,10 @@ from router.simulate.policies import POLICIES, policy
 from router.simulate.search import goodput
 from router.simulate.slo import Slo
 from router.simulate.trace import Request
+from router.slo import Limit
 
 HARDWARE = Hardware(prefill_s=0.0, token_s=1e-3, pair_s=0.0, block_tokens=100, prefill_blocks=50)
-SLO = Slo(2.0, 1.5, 0.05)
+SLO = Slo(Limit(2.0, 1.5), 0.05)
 
 
 def request(at: float, prompt: int, output: int, *blocks: int) -> Request:

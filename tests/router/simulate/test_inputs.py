@@ -15,6 +15,7 @@ from router.simulate.failures import Failure
 from router.simulate.model import Hardware
 from router.simulate.slo import Slo
 from router.simulate.trace import Request
+from router.slo import Limit
 
 ROW: dict[str, Any] = {"timestamp": 1500, "input_length": 600, "output_length": 3}
 
@@ -81,8 +82,8 @@ def test_requests_of_one_tick_are_spread_up_to_the_next() -> None:
 
 
 def test_limits() -> None:
-    assert slo.parse("2s+1.5x", "50ms") == Slo(2.0, 1.5, 0.05)
-    assert slo.parse("500ms", "1s") == Slo(0.5, 0.0, 1.0)
+    assert slo.parse("2s+1.5x", "50ms") == Slo(Limit(2.0, 1.5), 0.05)
+    assert slo.parse("500ms", "1s") == Slo(Limit(0.5), 1.0)
     assert slo.parse("2s+1.5x", "50ms").ttft(4.0) == 8.0
     for ttft, tpot in (("2", "50ms"), ("2s+x", "50ms"), ("2s", "50"), ("-2s", "50ms")):
         with pytest.raises(ConfigError, match="is no limit such as"):

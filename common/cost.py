@@ -1,7 +1,7 @@
 """What computing costs on one worker, in seconds: `CostModel`, a value.
 
-Fitted online by `router.cost_fit`, read from a file by the simulator; used by `router.placement` to
-predict queues and first tokens.
+Fitted online by `common.cost_fit`, by workers and by routers, read from a file by the simulator;
+used by `router.placement` to predict queues and first tokens.
 """
 
 from dataclasses import dataclass
@@ -35,3 +35,14 @@ class CostModel:
 
 PRIOR = CostModel()
 """Before anything was measured. Placement compares sums of these, so ratios matter, not scale."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Costs:
+    """What a worker measured of itself."""
+
+    model: CostModel = PRIOR
+    num_prefills: int = 0
+    """Steps with prompts that `model` was fitted to; with none, it knows nothing of them."""
+    num_steps: int = 0
+    """Steps of decode rows alone."""

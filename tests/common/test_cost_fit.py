@@ -4,8 +4,8 @@ from random import Random
 
 import pytest
 
-from router.cost import PRIOR, CostModel
-from router.cost_fit import CostFit, LeastSquares
+from common.cost import PRIOR, CostModel
+from common.cost_fit import CostFit, LeastSquares
 
 GPU = CostModel(
     prefill_s=0.012, token_s=5e-5, pair_s=8.3e-10, step_s=0.008, row_s=3e-5, kv_s=1.2e-8

@@ -1,5 +1,6 @@
 """Cost models fitted to what is measured: recursive least squares with a prior, one observation
-at a time. Owned by `router.fleet`, one for each worker and one for all of a role.
+at a time. Owned by `router.fleet`, one for each worker and one for all of a role, and by
+`common.step_meter` in each worker.
 
 Errors count relative to the prediction, so that short prompts teach as much as long ones. An
 observation further off than a few typical errors pulls only as hard as one at that distance
@@ -10,7 +11,7 @@ for old observations are forgotten.
 from collections.abc import Sequence
 from typing import Final
 
-from router.cost import PRIOR, CostModel
+from common.cost import PRIOR, CostModel
 
 FORGET: Final = 0.99
 """Weight of everything known when one more observation comes: about the last hundred count."""
@@ -85,11 +86,16 @@ class CostFit:
         return self._prefill.count
 
     @property
+    def num_steps(self) -> int:
+        """Decode steps that were learnt from."""
+        return self._step.count
+
+    @property
     def prefill_error(self) -> float:
         """Typical error of a predicted prefill, relative."""
         return self._prefill.error
 
-    def saw_prefill(self, new: int, cached: int, seconds: float) -> None:
+    def saw_prefill(self, new: int, cached: float, seconds: float) -> None:
         """A worker computed `new` tokens after `cached` ones in `seconds`."""
         self._prefill.add((1.0, new, new * (cached + new / 2)), seconds)
         self._update()
