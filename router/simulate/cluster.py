@@ -172,7 +172,7 @@ class Cluster:
         blocks = job.request.blocks
         chosen = placement.prefill or placement.decode
         assert chosen is not None
-        self._planned.store(self._slots[chosen], blocks)
+        self._learn(self._planned, chosen, blocks)
         if placement.fetch is not None:
             self._fetch(job, chosen, placement.fetch)
         if placement.prefill is None:
@@ -218,7 +218,7 @@ class Cluster:
         self._store(decode.cache, id, blocks, at_end=True)
         decode.prefill(job, max(self._now, job.fetched_at))
         ready = self._now + decode.wait_s()
-        self._at(ready, self._news, self._held.store, id, blocks)
+        self._at(ready, self._stored, id, blocks)
 
     def _reserve(self, job: Job) -> None:
         decode = self._decodes[job.decode]
@@ -278,7 +278,7 @@ class Cluster:
         if job.first is None:
             job.first = self._now
         if not self._policy.pooled:
-            self._news(self._held.store, f"p{number}", job.request.blocks)
+            self._stored(f"p{number}", job.request.blocks)
         self._hand_over(job)
         if self._policy.pooled:
             self._serve_pool()
@@ -312,23 +312,26 @@ class Cluster:
         later."""
         evicted = cache.use(blocks)
         if evicted:
-            self._news(self._held.evict, id, evicted)
-            self._news(self._planned.evict, id, evicted)
+            slot = self._slots[id]
+            self._news(self._held.evict, slot, evicted)
+            self._news(self._planned.evict, slot, evicted)
         if not at_end:
-            self._news(self._held.store, id, blocks)
-            self._planned.store(self._slots[id], blocks)
+            self._stored(id, blocks)
+            self._learn(self._planned, id, blocks)
 
-    def _news(
-        self,
-        change: Callable[[int, Sequence[BlockHash]], None],
-        id: str,
-        blocks: Sequence[BlockHash],
-    ) -> None:
-        slot = self._slots[id]
+    def _stored(self, id: str, blocks: Sequence[BlockHash]) -> None:
+        self._news(self._learn, self._held, id, blocks)
+
+    def _learn(self, index: BlockIndex, id: str, blocks: Sequence[BlockHash]) -> None:
+        """Only what the index does not know yet: its work does not grow with the prompt."""
+        known = index.matches(blocks).get(id, 0)
+        index.store(self._slots[id], blocks[known:])
+
+    def _news(self, change: Callable[..., None], *arguments: Any) -> None:
         if self._staleness_s:
-            self._at(self._now + self._staleness_s, change, slot, blocks)
+            self._at(self._now + self._staleness_s, change, *arguments)
         else:
-            change(slot, blocks)
+            change(*arguments)
 
     # Failures.
 
