@@ -34,6 +34,8 @@ class KvLayoutInfo(msgspec.Struct, frozen=True, kw_only=True):
     head_dim: int
     dtype: str
     order: str = "block,layer,kv,head,slot,dim"
+    first_kv_head: int = 0
+    """Of the model's heads, the first of the `num_kv_heads` that are held."""
 
 
 class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -77,17 +77,54 @@ uint64_t fold(uint64_t a, uint64_t b) {
     return static_cast<uint64_t>(product) ^ static_cast<uint64_t>(product >> 64);
 }
 
-template <To TO>
-uint64_t pass(const uint8_t* source, uint8_t* target, int64_t bytes) {
+// Where the next stripe of a block comes from: one piece of memory,
+struct Whole {
+    const uint8_t* at;
+
+    const uint8_t* next() {
+        const uint8_t* here = at;
+        at += STRIPE;
+        return here;
+    }
+};
+
+// or many: row after row, and in each row piece after piece, every one from a block of its own. A
+// piece without a source is of zeros.
+struct Pieces {
+    const uint8_t* const* sources;
+    int64_t pieces, piece_bytes, stride;
+    int64_t row = 0, piece = 0, left = 0;
+    const uint8_t* at = nullptr;
+    bool is_empty = false;
+
+    const uint8_t* next() {
+        alignas(64) static constexpr uint8_t ZEROS[STRIPE] = {};
+        if (left == 0) {
+            is_empty = sources[piece] == nullptr;
+            at = is_empty ? ZEROS : sources[piece] + row * stride;
+            left = piece_bytes;
+            if (++piece == pieces) {
+                piece = 0;
+                row++;
+            }
+        }
+        left -= STRIPE;
+        const uint8_t* here = at;
+        if (!is_empty) at += STRIPE;
+        return here;
+    }
+};
+
+template <To TO, typename Source>
+uint64_t pass(Source source, uint8_t* target, int64_t bytes) {
     Lanes sums = {PRIME32_3, PRIME64_1, PRIME64_2, PRIME64_3,
                   PRIME64_4, PRIME32_2, PRIME64_5, PRIME32_1};
     const Lanes scramble = load(SECRET + SCRAMBLE_KEY);
     int64_t left = bytes / STRIPE;
     const auto round = [&](int key) __attribute__((always_inline)) {
-        const Lanes data = load(source);
+        const Lanes data = load(source.next());
         store<TO>(target, data);
         fold(sums, data, load(SECRET + key));
-        source += STRIPE;
         target += STRIPE;
     };
     for (; left > STRIPES; left -= STRIPES) {
@@ -107,6 +144,22 @@ uint64_t pass(const uint8_t* source, uint8_t* target, int64_t bytes) {
     return digest ^ (digest >> 32);
 }
 
+template <typename Source>
+uint64_t copy(Source source, uint8_t* target, int64_t bytes) {
+    const bool aligned = reinterpret_cast<uintptr_t>(target) % STRIPE == 0;
+    return aligned ? pass<To::MEMORY>(source, target, bytes)
+                   : pass<To::CACHE>(source, target, bytes);
+}
+
+// What is read after this, a generation perhaps, is read after the sources; and whoever is told that
+// the blocks are there finds them.
+void settle() {
+    std::atomic_thread_fence(std::memory_order_seq_cst);
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
+}
+
 }  // namespace
 
 extern "C" {
@@ -114,22 +167,28 @@ extern "C" {
 // Copies `count` blocks of `bytes` bytes each; digests[i] is of what was written to targets[i].
 void tandem_copy_blocks(int64_t count, int64_t bytes, const uint8_t* const* sources,
                         uint8_t* const* targets, uint64_t* digests) {
+    for (int64_t i = 0; i < count; i++) digests[i] = copy(Whole{sources[i]}, targets[i], bytes);
+    settle();
+}
+
+// Puts together `count` blocks of `rows` rows. A row has `pieces` pieces of `piece_bytes` bytes (a
+// multiple of 64); row r of piece j of block i is at sources[i * pieces + j] + r * stride, and is of
+// zeros where that is null. Without `targets` nothing is written; the digests are the same.
+void tandem_gather_blocks(int64_t count, int64_t rows, int64_t pieces, int64_t piece_bytes,
+                          int64_t stride, const uint8_t* const* sources, uint8_t* const* targets,
+                          uint64_t* digests) {
+    const int64_t bytes = rows * pieces * piece_bytes;
     for (int64_t i = 0; i < count; i++) {
-        const bool aligned = reinterpret_cast<uintptr_t>(targets[i]) % STRIPE == 0;
-        digests[i] = aligned ? pass<To::MEMORY>(sources[i], targets[i], bytes)
-                             : pass<To::CACHE>(sources[i], targets[i], bytes);
+        const Pieces source{sources + i * pieces, pieces, piece_bytes, stride};
+        digests[i] = targets == nullptr ? pass<To::NOWHERE>(source, nullptr, bytes)
+                                        : copy(source, targets[i], bytes);
     }
-    // What is read after this, a generation perhaps, is read after the sources; and whoever is told
-    // that the blocks are there finds them.
-    std::atomic_thread_fence(std::memory_order_seq_cst);
-#if defined(__x86_64__)
-    _mm_sfence();
-#endif
+    settle();
 }
 
 // Digests of `count` blocks that lie one behind the other.
 void tandem_digest_blocks(int64_t count, int64_t bytes, const uint8_t* blocks, uint64_t* digests) {
     for (int64_t i = 0; i < count; i++)
-        digests[i] = pass<To::NOWHERE>(blocks + i * bytes, nullptr, bytes);
+        digests[i] = pass<To::NOWHERE>(Whole{blocks + i * bytes}, nullptr, bytes);
 }
 }

@@ -127,9 +127,12 @@ class Endpoint:
             self._keys.listen(self._control)
         try:
             self._control.bind(f"tcp://{self._host}:*")
+            layout = self._receiver.identity.layout
             for name in self._transports:
                 address = self._data_address(name)
-                listener = await listen(name, self._context, address, self._memory, self._keys)
+                listener = await listen(
+                    name, self._context, address, self._memory, self._keys, layout
+                )
                 self._listeners.append(listener)
                 self._receiver.data[name] = listener.address
         except (OSError, zmq.ZMQError) as error:
@@ -270,7 +273,13 @@ class Endpoint:
         down_since = time.monotonic()
         while True:
             outlet, failures = await connect(
-                names, addresses, self._context, self._memory, connect_s, channel.caller
+                names,
+                addresses,
+                self._context,
+                self._memory,
+                self._sender.identity.layout.block_size,
+                connect_s,
+                channel.caller,
             )
             now = time.monotonic()
             if outlet is not None:
@@ -339,10 +348,12 @@ class Endpoint:
         sent = False
         for peer, channel in self._channels.items():
             if channel.outlet is not None and channel.outlet.writable():
-                shipment = self._sender.next_shipment(peer, now)
+                before = self._stats.bytes_sent
+                in_place = channel.outlet.in_place
+                shipment = self._sender.next_shipment(peer, now, in_place)
                 if shipment is not None:
                     channel.outlet.send(shipment)
-                    num_bytes = len(shipment.header.blocks) * self._memory.block_bytes
+                    num_bytes = self._stats.bytes_sent - before
                     self._stats.bytes_sent_over[channel.outlet.transport] += num_bytes
                     sent = True
         if sent:

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+from msgspec.structs import replace
+
+from common.blockhash import UNIT
 from common.messages import KvLayoutInfo, Peer
 from kvtransfer.protocol import VERSION, Hello, Refused
 
@@ -33,6 +36,9 @@ class EndpointIdentity:
             return Refused("version", f"protocol {hello.version} of the sender, {VERSION} here")
         if hello.content_id != self.content_id:
             return Refused("content", f"content {hello.content_id!r}, {self.content_id!r} here")
-        if hello.layout != self.layout:
+        size = hello.layout.block_size
+        if replace(hello.layout, block_size=self.layout.block_size) != self.layout:
             return Refused("layout", f"{hello.layout} of the sender, {self.layout} here")
+        if size != self.layout.block_size and (size < UNIT or size % UNIT):
+            return Refused("layout", f"block size {size} of the sender is no multiple of {UNIT}")
         return None

@@ -10,19 +10,34 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
+import numpy as np
+
 from kvtransfer.commands import BlockRef, First, Key, Slot
-from kvtransfer.copying import digest_blocks
+from kvtransfer.copying import address_of, digest_blocks, gather_blocks
+from kvtransfer.cutting import Cutting, Piece
 from kvtransfer.memory import BlockMemory
-from kvtransfer.protocol import DataBlock, DataHeader, Ticket
+from kvtransfer.protocol import DataBlock, DataHeader, Ticket, Wire
 
 
 @dataclass(frozen=True, slots=True)
 class Shipment:
-    """A data message to be sent: its header and the runs of pool blocks that make its bytes."""
+    """A data message to be sent: its header, and where its bytes are: in runs of pool blocks; or,
+    if the receiver's blocks have another size, in pieces of them."""
 
     header: DataHeader
     runs: tuple[tuple[int, int], ...]
     """(first block, number of consecutive blocks) of the sender's pool."""
+    pieces: tuple[Piece, ...] = ()
+    """Of each of the receiver's blocks, one piece for each 16 tokens."""
+    staged: memoryview | None = None
+    """The bytes of the pieces, put together; None if the receiver does that."""
+
+    def parts(self, memory: BlockMemory) -> list[memoryview]:
+        """The bytes of this message, for transports that carry them."""
+        if self.staged is not None:
+            return [self.staged]
+        assert not self.pieces, "to be put together by a receiver that maps the pool"
+        return [memory.run(block, count) for block, count in self.runs]
 
 
 @dataclass(slots=True, eq=False)
@@ -33,8 +48,13 @@ class Outgoing:
     id: int
     num_tokens: int
     num_blocks: int
+    """Of this side: so many are offered."""
     answered_at: float
     """When the receiver last said that it is alive (only counts until the ticket)."""
+    cutting: Cutting | None = None
+    """From this side's blocks to the receiver's; known once it said Welcome. From there on
+    positions are the receiver's, but for `offered`."""
+    wire: Wire | None = None
     asking: bool = True
     """A ticket of a later round is wanted: Begin is repeated."""
     begun_at: float = float("-inf")
@@ -69,9 +89,12 @@ class Outgoing:
 
     def accepts(self, ticket: Ticket) -> bool:
         """Whether the ticket names blocks of this transfer, each once."""
+        if self.cutting is None:
+            return False
+        num_blocks = self.cutting.num_blocks(self.num_tokens)
         positions = {slot.position for slot in ticket.slots}
         return len(positions) == len(ticket.slots) and all(
-            0 <= position < self.num_blocks for position in positions
+            0 <= position < num_blocks for position in positions
         )
 
     def take(self, ticket: Ticket, now: float) -> None:
@@ -85,20 +108,29 @@ class Outgoing:
         self.renewal = ticket.renewal
         self.asking = False
         self.sent.clear()
-        self.queued = deque(sorted(self.wanted.keys() & self.offered.keys()))
+        self.queued = deque(sorted(filter(self._is_there, self.wanted)))
         self.closed_at = None
         self.fence = False
         self.moved_at = now
 
-    def offer(self, blocks: Iterable[BlockRef], now: float) -> None:
+    def offer(self, blocks: Sequence[BlockRef], now: float) -> None:
         for ref in blocks:
             assert 0 <= ref.position < self.num_blocks, (ref, self.num_blocks)
             assert ref.position not in self.offered, ref
             self.offered[ref.position] = ref
-            if ref.position in self.wanted:
+        if self.cutting is None:
+            return
+        for position in sorted(self.cutting.touched(ref.position for ref in blocks)):
+            if position in self.wanted and self._is_there(position):
                 if not self.is_waiting:
                     self.moved_at = now
-                self.queued.append(ref.position)
+                self.queued.append(position)
+
+    def _is_there(self, position: int) -> bool:
+        """All of the receiver's block at `position` was offered."""
+        assert self.cutting is not None
+        sources = self.cutting.sources(position, self.num_tokens)
+        return all(source in self.offered for source, _ in sources)
 
     def land(self, positions: Iterable[int], now: float) -> None:
         for position in positions:
@@ -107,9 +139,18 @@ class Outgoing:
                 self.landed.add(position)
                 self.moved_at = now
 
-    def cut(self, count: int, memory: BlockMemory, epoch: int, now: float) -> Shipment:
-        """Take `count` blocks from the queue, for a receiver of this epoch."""
+    def cut(
+        self, count: int, memory: BlockMemory, epoch: int, now: float, in_place: bool
+    ) -> Shipment:
+        """Take `count` blocks from the queue, for a receiver of this epoch. `in_place`: one that
+        reads this pool itself."""
+        assert self.cutting is not None
         positions = [self.queued.popleft() for _ in range(count)]
+        if not self.sent:
+            self.moved_at = now
+        self.sent.update(positions)
+        if not self.cutting.is_whole:
+            return self._cut_pieces(positions, self.cutting, memory, epoch, in_place)
         runs: list[tuple[int, int]] = []
         for position in positions:
             block = self.offered[position].block
@@ -118,10 +159,35 @@ class Outgoing:
             else:
                 runs.append((block, 1))
         self._digest(positions, runs, memory)
-        if not self.sent:
-            self.moved_at = now
-        self.sent.update(positions)
         return Shipment(self._header(positions, epoch), tuple(runs))
+
+    def _cut_pieces(
+        self,
+        positions: Sequence[int],
+        cutting: Cutting,
+        memory: BlockMemory,
+        epoch: int,
+        in_place: bool,
+    ) -> Shipment:
+        """A shipment of blocks of another size than this side's. They are digested as they are
+        put together, or without that where the receiver does it."""
+        pieces: list[Piece] = []
+        for position in positions:
+            sources = cutting.sources(position, self.num_tokens)
+            pieces += [Piece(self.offered[at].block, unit) for at, unit in sources]
+            pieces += [Piece(-1, 0)] * (cutting.pieces - len(sources))
+        staged, slabs = None, None
+        if not in_place:
+            staged = np.empty(len(positions) * cutting.block_bytes, dtype=np.uint8).data
+            starts = range(0, len(staged), cutting.block_bytes)
+            slabs = [staged[start : start + cutting.block_bytes] for start in starts]
+        if slabs is not None or any(position not in self.digests for position in positions):
+            base = address_of(memory.slab(0))
+            digests = gather_blocks(cutting, memory.slab, base, pieces, slabs)
+            for position, digest in zip(positions, digests, strict=True):
+                assert digest is not None
+                self.digests.setdefault(position, digest)
+        return Shipment(self._header(positions, epoch), (), tuple(pieces), staged)
 
     def _digest(
         self, positions: Sequence[int], runs: Sequence[tuple[int, int]], memory: BlockMemory
@@ -139,9 +205,10 @@ class Outgoing:
         return Shipment(self._header((), epoch), ())
 
     def _header(self, positions: Iterable[int], epoch: int) -> DataHeader:
+        assert self.cutting is not None and self.wire is not None
         blocks = []
         for position in positions:
-            slot, ref = self.wanted[position], self.offered[position]
-            digest = self.digests[position]
-            blocks.append(DataBlock(position, slot.block, slot.generation, ref.fill, digest))
-        return DataHeader(self.id, self.secret, epoch, self.round, tuple(blocks))
+            slot, digest = self.wanted[position], self.digests[position]
+            fill = self.cutting.fill(position, self.num_tokens)
+            blocks.append(DataBlock(position, slot.block, slot.generation, fill, digest))
+        return DataHeader(self.id, self.secret, epoch, self.round, tuple(blocks), self.wire)

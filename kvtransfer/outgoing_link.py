@@ -9,10 +9,12 @@ back. Used by `Sender` alone.
 from collections import deque
 from dataclasses import dataclass, field
 
-from common.messages import Peer
+from common.errors import ProtocolError
+from common.messages import KvLayoutInfo, Peer
+from kvtransfer.cutting import Cutting
 from kvtransfer.memory import BlockMemory
 from kvtransfer.outgoing import Outgoing, Shipment
-from kvtransfer.protocol import RUN_BLOCKS, RUN_BYTES, Welcome
+from kvtransfer.protocol import RUN_BLOCKS, RUN_BYTES, Welcome, Wire
 from kvtransfer.timers import Timers
 
 
@@ -27,6 +29,9 @@ class OutgoingLink:
     was_up: bool = False
     hello_at: float = float("-inf")
     window: int = 0
+    wire: Wire | None = None
+    cutting: Cutting | None = None
+    """How the receiver's blocks are made of ours; None until it said Welcome."""
     data: dict[str, str] = field(default_factory=dict)
     """Data addresses of the receiver, by transport."""
     progress_at: float = float("-inf")
@@ -45,14 +50,26 @@ class OutgoingLink:
             self.down_since = now
         self.connected, self.up = connected, False
 
-    def welcome(self, message: Welcome) -> str:
-        """Raise the link; returns why that cannot be, or nothing."""
+    def welcome(self, message: Welcome, layout: KvLayoutInfo, block_bytes: int) -> str:
+        """Raise the link; returns why that cannot be, or nothing. `layout`, `block_bytes`: of the
+        blocks that are sent."""
         if (message.id, message.epoch) != (self.peer.id, self.peer.epoch):
             return f"{message.id}@{message.epoch} answers for {self.peer.id}@{self.peer.epoch}"
+        try:
+            self.cutting = Cutting.of(layout, block_bytes, message.wire)
+        except ProtocolError as error:
+            return str(error)
+        self.wire = message.wire
+        for transfer in self.transfers.values():
+            self.shape(transfer)
         self.connected = self.up = self.was_up = True
         self.window = message.window
         self.data = message.data
         return ""
+
+    def shape(self, transfer: Outgoing) -> None:
+        """Tell a transfer what the receiver's blocks look like, as far as that is known."""
+        transfer.cutting, transfer.wire = self.cutting, self.wire
 
     def needs_hello(self, now: float, timers: Timers) -> bool:
         return self.connected and not self.up and now - self.hello_at >= timers.resend_s
@@ -74,16 +91,18 @@ class OutgoingLink:
         if (transfer.queued or transfer.fence) and transfer not in self.ring:
             self.ring.append(transfer)
 
-    def next_shipment(self, memory: BlockMemory, now: float) -> tuple[Outgoing, Shipment] | None:
+    def next_shipment(
+        self, memory: BlockMemory, now: float, in_place: bool
+    ) -> tuple[Outgoing, Shipment] | None:
         """The next data message, round-robin over the transfers: at most RUN_BYTES and what the
         window leaves."""
         for _ in range(len(self.ring) if self.up else 0):
             transfer = self.ring.popleft()
             shipment = None
             if transfer.queued:
-                count = min(len(transfer.queued), self._room(memory.block_bytes))
+                count = min(len(transfer.queued), self._room())
                 if count > 0:
-                    shipment = transfer.cut(count, memory, self.peer.epoch, now)
+                    shipment = transfer.cut(count, memory, self.peer.epoch, now, in_place)
             elif transfer.fence:
                 shipment = transfer.cut_fence(self.peer.epoch)
             self.enlist(transfer)
@@ -91,10 +110,14 @@ class OutgoingLink:
                 return transfer, shipment
         return None
 
-    def _room(self, block_bytes: int) -> int:
+    def _room(self) -> int:
         """Blocks that the next message may have; at least one if nothing is under way."""
+        assert self.cutting is not None
+        block_bytes = self.cutting.block_bytes
         outstanding = sum(len(transfer.sent) for transfer in self.transfers.values())
         room = self.window // block_bytes - outstanding
         if not outstanding:
             room = max(1, room)
-        return min(room, RUN_BLOCKS, max(1, RUN_BYTES // block_bytes))
+        # Each piece of a block that is cut may be named in the header.
+        most = RUN_BLOCKS if self.cutting.is_whole else max(1, RUN_BLOCKS // self.cutting.pieces)
+        return min(room, most, max(1, RUN_BYTES // block_bytes))

@@ -16,7 +16,7 @@ from common.errors import ProtocolError
 from common.messages import KvLayoutInfo, Peer
 from kvtransfer.commands import First, Key, Slot
 
-VERSION: Final = 1
+VERSION: Final = 2
 SECRET_BYTES: Final = 16
 RUN_BYTES: Final = 4 << 20
 """Payload of one data message at most (one block, if a block is larger)."""
@@ -26,6 +26,22 @@ WINDOW_BYTES: Final = 32 << 20
 """What one sender may have under way to one receiver at most."""
 WORKER_WINDOW_BYTES: Final = 256 << 20
 """What all senders together may have under way to one receiver."""
+
+
+class Wire(msgspec.Struct, frozen=True, array_like=True):
+    """What the blocks of a transfer look like under way: those of the receiver, which are cut to
+    that shape out of the sender's. Now only the block sizes may differ; heads and dtype are named,
+    so that a part of the heads, or a narrower dtype, can be told from the whole."""
+
+    block_size: int
+    first_head: int
+    num_heads: int
+    dtype: str
+
+    @staticmethod
+    def of(layout: KvLayoutInfo) -> "Wire":
+        """Whole blocks of this layout."""
+        return Wire(layout.block_size, layout.first_kv_head, layout.num_kv_heads, layout.dtype)
 
 
 # ---------------------------------------------------------------- sender -> receiver
@@ -83,6 +99,8 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag="welcome"):
     epoch: int
     window: int
     """Bytes that may be under way to this receiver."""
+    wire: Wire
+    """The shape in which it takes blocks: positions, slots and fills are counted in these."""
     data: dict[str, str]
     """Transport name to the address of its data connection, for those that both sides offer."""
 
@@ -157,7 +175,7 @@ class DataBlock(NamedTuple):
     generation: int
     fill: int
     digest: int
-    """xxh3_64 of the whole slab."""
+    """xxh3_64 of the whole slab as the receiver has it."""
 
 
 class DataHeader(msgspec.Struct, frozen=True, array_like=True):
@@ -169,6 +187,8 @@ class DataHeader(msgspec.Struct, frozen=True, array_like=True):
     destination_epoch: int
     round: int
     blocks: tuple[DataBlock, ...]
+    wire: Wire
+    """Of the bytes that follow."""
 
 
 class SharedPool(msgspec.Struct, frozen=True, array_like=True):
@@ -177,17 +197,24 @@ class SharedPool(msgspec.Struct, frozen=True, array_like=True):
 
     num_blocks: int
     block_bytes: int
+    block_size: int
+    """Tokens of one of these blocks."""
 
 
 class SharedBlock(NamedTuple):
-    """Where a block lies in the sender's pool, and its generation while it is offered."""
+    """Where a block, or 16 tokens of one, lies in the sender's pool, and the generation of that
+    block while it is offered."""
 
     block: int
+    """-1: of zeros, beyond the end of the prompt."""
     generation: int
+    unit: int = 0
+    """Which 16 tokens; only if the sender's blocks are of another size."""
 
 
 class SharedHeader(msgspec.Struct, frozen=True, array_like=True):
-    """A `DataHeader` whose bytes lie in the sender's pool: `sources[i]` is `header.blocks[i]`."""
+    """A `DataHeader` whose bytes lie in the sender's pool: `sources[i]` is `header.blocks[i]`. If
+    the sizes differ, each block has as many sources as it has units of 16 tokens."""
 
     header: DataHeader
     sources: tuple[SharedBlock, ...]
@@ -235,9 +262,4 @@ def decode_shared_pool(data: bytes | memoryview) -> SharedPool:
 
 def decode_shared_header(data: bytes | memoryview) -> SharedHeader:
     """Raises ProtocolError if `data` is not a valid header of shared blocks."""
-    message = _decode(_shared_header, data)
-    if len(message.sources) != len(message.header.blocks):
-        raise ProtocolError(
-            f"{len(message.sources)} sources of {len(message.header.blocks)} blocks"
-        )
-    return message
+    return _decode(_shared_header, data)

@@ -60,6 +60,7 @@ class Receiver:
         self.outbox: deque[tuple[bytes, p.ToSender]] = deque()
         self.events: deque[ReceiverEvent] = deque()
         self._block_bytes = block_bytes
+        self._wire = p.Wire.of(identity.layout)
         self._timers = timers
         self._stats = stats
         self._random = random
@@ -166,6 +167,7 @@ class Receiver:
             id=self.identity.id,
             epoch=self.identity.epoch,
             window=self._window(),
+            wire=self._wire,
             data=data,
         )
         self.outbox.append((route, welcome))
@@ -237,6 +239,8 @@ class Receiver:
             objection = "epoch"
         elif not 1 <= header.round <= transfer.round:
             objection = "round"
+        elif header.wire != self._wire:
+            objection = "wire"
         elif num_bytes != len(header.blocks) * self._block_bytes:
             objection = "size"
         if objection or transfer is None:

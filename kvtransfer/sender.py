@@ -123,6 +123,7 @@ class Sender:
             num_blocks=-(-command.num_tokens // self.identity.layout.block_size),
             answered_at=now,
         )
+        link.shape(transfer)
         link.transfers[transfer.id] = transfer
         link.used_at = now
         self._keys[command.key] = (link, transfer)
@@ -211,7 +212,8 @@ class Sender:
                     shipped = len(transfer.landed | transfer.wanted.keys())
                     self._stats.delivered += 1
                     self._stats.exposed_s += now - transfer.complete_at
-                    num_bytes = shipped * self._memory.block_bytes
+                    assert link.cutting is not None
+                    num_bytes = shipped * link.cutting.block_bytes
                     self.events.append(Delivered(transfer.key, shipped, num_bytes))
                 else:
                     self._stats.dropped["early_ack"] += 1
@@ -219,7 +221,7 @@ class Sender:
     def _welcome(self, link: OutgoingLink, message: p.Welcome, now: float) -> None:
         if link.up:
             return
-        objection = link.welcome(message)
+        objection = link.welcome(message, self.identity.layout, self._memory.block_bytes)
         if objection:
             self._drop(link, "peer", objection, now)
             return
@@ -303,17 +305,19 @@ class Sender:
 
     # ------------------------------------------------------------ data
 
-    def next_shipment(self, peer: Peer, now: float) -> Shipment | None:
+    def next_shipment(self, peer: Peer, now: float, in_place: bool = False) -> Shipment | None:
         """The next data message to this peer, round-robin over its transfers; None if nothing
-        is queued or the window is full. The caller must send it."""
+        is queued or the window is full. The caller must send it. `in_place`: to a receiver that
+        reads this side's pool itself."""
         link = self.links.get(peer)
-        cut = link.next_shipment(self._memory, now) if link is not None else None
+        cut = link.next_shipment(self._memory, now, in_place) if link is not None else None
         if link is None or cut is None:
             return None
         transfer, shipment = cut
         count = len(shipment.header.blocks)
         self._stats.blocks_sent += count
-        self._stats.bytes_sent += count * self._memory.block_bytes
+        assert link.cutting is not None
+        self._stats.bytes_sent += count * link.cutting.block_bytes
         self._close(link, transfer, now)
         return shipment
 

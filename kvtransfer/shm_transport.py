@@ -16,16 +16,21 @@ import struct
 from collections.abc import Sequence
 from typing import Final
 
+from msgspec.structs import replace
+
 from common.errors import ProtocolError
 from common.kv.shared import NONCE_BYTES, PeerBlocks
+from common.messages import KvLayoutInfo
 from kvtransfer.accepting import accept, readable
-from kvtransfer.copying import copy_blocks
+from kvtransfer.copying import copy_blocks, gather_blocks
+from kvtransfer.cutting import Cutting, Piece
 from kvtransfer.memory import BlockMemory
 from kvtransfer.outgoing import Shipment
 from kvtransfer.protocol import (
     SharedBlock,
     SharedHeader,
     SharedPool,
+    Wire,
     decode_shared_header,
     decode_shared_pool,
     encode,
@@ -42,6 +47,7 @@ class ShmOutlet:
 
     transport = "shm"
     reading = None
+    in_place = True
 
     def __init__(self, connection: socket.socket, memory: BlockMemory) -> None:
         assert memory.shared is not None
@@ -55,7 +61,7 @@ class ShmOutlet:
         self._loop.add_reader(connection, self._lose)
 
     @classmethod
-    async def connect(cls, address: str, memory: BlockMemory) -> "ShmOutlet":
+    async def connect(cls, address: str, memory: BlockMemory, block_size: int) -> "ShmOutlet":
         """Raises OSError, also if the receiver has not mapped the pool."""
         shared = memory.shared
         assert shared is not None
@@ -67,7 +73,7 @@ class ShmOutlet:
             connection.setblocking(False)
             await loop.sock_connect(connection, "\0" + address.removeprefix(_SCHEME))
             check_user(connection)
-            pool = encode(SharedPool(shared.num_blocks, shared.block_bytes))
+            pool = encode(SharedPool(shared.num_blocks, shared.block_bytes, block_size))
             socket.send_fds(connection, [pool], [shared.fd])
             nonce = await loop.sock_recv(connection, NONCE_BYTES)
             if not secrets.compare_digest(nonce, shared.nonce):
@@ -86,6 +92,10 @@ class ShmOutlet:
             SharedBlock(block, self._generations[block])
             for start, count in shipment.runs
             for block in range(start, start + count)
+        ]
+        sources += [
+            SharedBlock(block, self._generations[block] if block >= 0 else 0, unit)
+            for block, unit in shipment.pieces
         ]
         self._unsent = encode(SharedHeader(shipment.header, tuple(sources)))
         self._push()
@@ -127,27 +137,37 @@ class ShmOutlet:
 class ShmPayload:
     """`Payload` whose bytes lie in the sender's pool."""
 
-    def __init__(self, message: SharedHeader, blocks: PeerBlocks, block_bytes: int) -> None:
+    def __init__(self, message: SharedHeader, blocks: PeerBlocks, cutting: Cutting) -> None:
         self.header = message.header
-        self.num_bytes = len(message.sources) * block_bytes
+        self.num_bytes = len(message.header.blocks) * cutting.block_bytes
         self._sources = message.sources
         self._blocks = blocks
-        self._block_bytes = block_bytes
+        self._cutting = cutting
 
     async def copy(self, slabs: Sequence[memoryview | None]) -> list[int | None]:
         """Blocks that the sender wrote anew, before or meanwhile, have no digest."""
         if not slabs:
             return []
         current = [slab if ok else None for slab, ok in zip(slabs, self._offered(), strict=True)]
-        offsets = [source.block * self._block_bytes for source in self._sources]
-        pool = self._blocks
-        digests = copy_blocks(pool.memory, pool.address, offsets, current, self._block_bytes)
+        pool, cutting = self._blocks, self._cutting
+        if cutting.is_whole:
+            size = cutting.block_bytes
+            offsets = [source.block * size for source in self._sources]
+            digests = copy_blocks(pool.memory, pool.address, offsets, current, size)
+        else:
+            pieces = [Piece(source.block, source.unit) for source in self._sources]
+            digests = gather_blocks(cutting, pool.slab, pool.address, pieces, current)
         return [found if ok else None for found, ok in zip(digests, self._offered(), strict=True)]
 
     def _offered(self) -> list[bool]:
         """Of each block, whether it is still what was offered."""
         generation = self._blocks.generation
-        return [generation(source.block) == source.generation for source in self._sources]
+        same = [
+            source.block < 0 or generation(source.block) == source.generation
+            for source in self._sources
+        ]
+        each = len(same) // max(1, len(self.header.blocks))
+        return [all(same[i : i + each]) for i in range(0, len(same), each)] if each else []
 
     def abandon(self) -> None:
         """The copy is never interrupted."""
@@ -158,10 +178,12 @@ class ShmStream:
 
     transport = "shm"
 
-    def __init__(self, connection: socket.socket, block_bytes: int) -> None:
+    def __init__(self, connection: socket.socket, block_bytes: int, layout: KvLayoutInfo) -> None:
         self._socket = connection
         self._block_bytes = block_bytes
+        self._layout = layout
         self._blocks: PeerBlocks | None = None
+        self._cutting: Cutting | None = None
         self._has_met = False
 
     async def receive(self) -> ShmPayload:
@@ -169,7 +191,7 @@ class ShmStream:
             if not self._has_met:
                 self._has_met = True
                 await self._meet()
-            if self._blocks is None:
+            if self._blocks is None or self._cutting is None:
                 raise ConnectionResetError("the sender shared no pool")
             loop = asyncio.get_running_loop()
             data = await loop.sock_recv(self._socket, MAX_MESSAGE_BYTES)
@@ -178,9 +200,22 @@ class ShmStream:
         if not data:
             raise ConnectionResetError("the sender closed the connection")
         message = decode_shared_header(data)
-        if any(not 0 <= source.block < self._blocks.num_blocks for source in message.sources):
-            raise ProtocolError("a block that is not in the sender's pool")
-        return ShmPayload(message, self._blocks, self._block_bytes)
+        self._check(message, self._blocks.num_blocks, self._cutting)
+        return ShmPayload(message, self._blocks, self._cutting)
+
+    @staticmethod
+    def _check(message: SharedHeader, num_blocks: int, cutting: Cutting) -> None:
+        """Raises ProtocolError for sources that lie outside of the sender's pool."""
+        is_cut = not cutting.is_whole
+        each = cutting.pieces if is_cut else 1
+        units, first = (cutting.units, -1) if is_cut else (1, 0)
+        if len(message.sources) != each * len(message.header.blocks):
+            raise ProtocolError(
+                f"{len(message.sources)} sources of {len(message.header.blocks)} blocks"
+            )
+        for source in message.sources:
+            if not (first <= source.block < num_blocks and 0 <= source.unit < units):
+                raise ProtocolError("a block that is not in the sender's pool")
 
     def close(self) -> None:
         self._socket.close()
@@ -199,8 +234,11 @@ class ShmStream:
             if not data:
                 raise ConnectionResetError("the sender closed the connection")
             pool = decode_shared_pool(data)
-            if len(descriptors) != 1 or pool.block_bytes != self._block_bytes:
+            layout = replace(self._layout, block_size=pool.block_size)
+            cutting = Cutting.of(layout, pool.block_bytes, Wire.of(self._layout))
+            if len(descriptors) != 1 or cutting.block_bytes != self._block_bytes:
                 raise ProtocolError(f"{len(descriptors)} descriptors for {pool}")
+            self._cutting = cutting
             self._blocks = PeerBlocks(descriptors[0], pool.num_blocks, pool.block_bytes)
         finally:
             for descriptor in descriptors:
@@ -211,9 +249,10 @@ class ShmStream:
 class ShmListener:
     """`Listener` on a socket without a name in any file system."""
 
-    def __init__(self, block_bytes: int) -> None:
-        """Raises OSError where there are no such sockets."""
+    def __init__(self, block_bytes: int, layout: KvLayoutInfo) -> None:
+        """`layout`: of the blocks that come in. Raises OSError where there are no such sockets."""
         self._block_bytes = block_bytes
+        self._layout = layout
         name = f"tandem-kv-{secrets.token_hex(8)}"
         self.address = _SCHEME + name
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -226,7 +265,7 @@ class ShmListener:
             raise
 
     async def accept(self) -> ShmStream:
-        return ShmStream(await accept(self._socket), self._block_bytes)
+        return ShmStream(await accept(self._socket), self._block_bytes, self._layout)
 
     def close(self) -> None:
         self._socket.close()

@@ -24,6 +24,7 @@ class TcpOutlet:
     """`Outlet` over a non-blocking socket. Made by `connect`."""
 
     transport = "tcp"
+    in_place = False
 
     def __init__(self, connection: socket.socket, memory: BlockMemory) -> None:
         self._socket = connection
@@ -66,7 +67,7 @@ class TcpOutlet:
         assert self.writable(), "the shipment before is still on its way"
         self._transfer = shipment.header.transfer
         header = encode(shipment.header)
-        runs = [self._memory.run(block, count) for block, count in shipment.runs]
+        runs = shipment.parts(self._memory)
         prefix = PREFIX.pack(len(header), sum(run.nbytes for run in runs))
         self._head = memoryview(prefix + header)
         self._body = deque(runs)

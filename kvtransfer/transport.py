@@ -20,6 +20,8 @@ class Outlet(Protocol):
     and does not come back when it is lost."""
 
     transport: str
+    in_place: bool
+    """The receiver reads the blocks out of the pool itself, and cuts them if need be."""
 
     @property
     def reading(self) -> int | None:

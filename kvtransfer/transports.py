@@ -12,6 +12,7 @@ import zmq.asyncio
 
 from common.curve import Caller, CurveKeys
 from common.errors import ConfigError
+from common.messages import KvLayoutInfo
 from kvtransfer.memory import BlockMemory
 from kvtransfer.shm_transport import ShmListener, ShmOutlet
 from kvtransfer.tcp_stream import TcpListener
@@ -40,11 +41,13 @@ async def listen(
     address: str,
     memory: BlockMemory,
     keys: CurveKeys | None,
+    layout: KvLayoutInfo,
 ) -> Listener:
-    """Let data come in over this transport. `address`: what zmq binds, a host for the others.
+    """Let data come in over this transport. `address`: what zmq binds, a host for the others;
+    `layout`: of the blocks of `memory`.
     Raises OSError or zmq.ZMQError if that cannot be."""
     if name == "shm":
-        return ShmListener(memory.block_bytes)
+        return ShmListener(memory.block_bytes, layout)
     if name == "tcp":
         return await TcpListener.listen(address, memory.block_bytes)
     return ZmqListener(context, address, memory, keys)
@@ -55,16 +58,18 @@ async def connect(
     addresses: Mapping[str, str],
     context: zmq.asyncio.Context,
     memory: BlockMemory,
+    block_size: int,
     timeout_s: float,
     caller: Caller,
 ) -> tuple[Outlet | None, str]:
     """A connection over the first of `names` that answers within `timeout_s`, None if none does,
-    and why those before it were not taken."""
+    and why those before it were not taken. `block_size`: tokens of a block of `memory`."""
     failures: list[str] = []
     for name in names:
         try:
             async with asyncio.timeout(timeout_s):
-                outlet = await _connect(name, addresses[name], context, memory, caller)
+                address = addresses[name]
+                outlet = await _connect(name, address, context, memory, block_size, caller)
                 return outlet, "; ".join(failures)
         except TimeoutError:
             failures.append(f"{name}: no answer from {addresses[name]}")
@@ -74,11 +79,16 @@ async def connect(
 
 
 async def _connect(
-    name: str, address: str, context: zmq.asyncio.Context, memory: BlockMemory, caller: Caller
+    name: str,
+    address: str,
+    context: zmq.asyncio.Context,
+    memory: BlockMemory,
+    block_size: int,
+    caller: Caller,
 ) -> Outlet:
     """Raises OSError."""
     if name == "shm":
-        return await ShmOutlet.connect(address, memory)
+        return await ShmOutlet.connect(address, memory, block_size)
     if name == "tcp":
         return await TcpOutlet.connect(address, memory)
     return await ZmqOutlet.connect(context, address, memory, caller)

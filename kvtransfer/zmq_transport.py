@@ -51,6 +51,7 @@ class ZmqOutlet:
 
     transport = "zmq"
     reading = None
+    in_place = False
 
     def __init__(self, context: zmq.asyncio.Context, memory: BlockMemory, caller: Caller) -> None:
         self._memory = memory
@@ -83,8 +84,11 @@ class ZmqOutlet:
 
     def send(self, shipment: Shipment) -> None:
         frames: list[bytes | memoryview | zmq.Frame] = [encode(shipment.header)]
-        runs = [self._memory.run(block, count) for block, count in shipment.runs]
-        if runs:
+        runs = shipment.parts(self._memory)
+        if shipment.staged is not None:
+            # Memory of this message alone: zmq holds it until it is sent.
+            frames.append(zmq.Frame(shipment.staged, copy=False))
+        elif runs:
             room = self._room(sum(run.nbytes for run in runs))
             # Without a room zmq copies the runs into memory that it takes for them.
             frames += [room.frame(runs)] if room is not None else runs

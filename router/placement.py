@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Final, TypeVar
 
+from msgspec.structs import replace
+
 from common.cost import PRIOR, CostModel
 from common.messages import KvLayoutInfo
 
@@ -232,11 +234,11 @@ class _Firsts:
         self._groups: dict[tuple[str, KvLayoutInfo], list[_Plan]] = {}
         self._best: dict[tuple[str, KvLayoutInfo], _Plan] = {}
         for plan in plans:
-            key = (plan.worker.content_id, plan.worker.layout)
+            key = _kind(plan.worker)
             self._groups.setdefault(key, []).append(plan)
 
     def of(self, decode: Candidate) -> _Plan | None:
-        key = (decode.content_id, decode.layout)
+        key = _kind(decode)
         group = self._groups.get(key)
         if group is None:
             return None
@@ -249,6 +251,11 @@ class _Firsts:
 
     def _cheapest(self, group: Sequence[_Plan]) -> _Plan:
         return _cheapest(((p.score, p.load, p) for p in group), self._rng)
+
+
+def _kind(worker: Candidate) -> tuple[str, KvLayoutInfo]:
+    """Workers of one kind may exchange blocks; those of different sizes are cut on the way."""
+    return worker.content_id, replace(worker.layout, block_size=0)
 
 
 def _uncached(view: View, worker: Candidate) -> int:

@@ -3,11 +3,14 @@
 from common.kv.shared import SharedBlocks
 from common.messages import KvLayoutInfo
 from kvtransfer.identity import EndpointIdentity
+from kvtransfer.protocol import Wire
 
 BLOCK_SIZE = 16
 LAYOUT = KvLayoutInfo(
     block_size=BLOCK_SIZE, num_layers=2, num_kv_heads=2, head_dim=4, dtype="float32"
 )
+
+WIRE = Wire.of(LAYOUT)
 
 
 def identity(id: str, epoch: int, layout: KvLayoutInfo = LAYOUT) -> EndpointIdentity:

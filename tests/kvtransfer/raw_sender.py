@@ -14,7 +14,7 @@ from kvtransfer.commands import First, Key, Wanted
 from kvtransfer.memory import digest
 from kvtransfer.tcp_transport import PREFIX, split_address
 from tests.kvtransfer.node import FIRST, Node
-from tests.kvtransfer.pool import BLOCK_SIZE, identity
+from tests.kvtransfer.pool import BLOCK_SIZE, WIRE, identity
 
 M = TypeVar("M")
 
@@ -62,13 +62,14 @@ class RawTcp:
 class RawShm:
     """Its pool has a block for each frame of a message."""
 
-    def __init__(self) -> None:
-        self.shared = SharedBlocks(8, 64)
+    def __init__(self, block_bytes: int = 64, block_size: int = BLOCK_SIZE) -> None:
+        self.shared = SharedBlocks(8, block_bytes)
+        self.block_size = block_size
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
     def connect(self, address: str, fds: Sequence[int] | None = None) -> None:
         self.socket.connect("\0" + address.removeprefix("unix:@"))
-        pool = protocol.encode(protocol.SharedPool(8, 64))
+        pool = protocol.encode(protocol.SharedPool(8, self.shared.block_bytes, self.block_size))
         socket.send_fds(self.socket, [pool], [self.shared.fd] if fds is None else fds)
 
     def ship(self, header: protocol.DataHeader, frames: Sequence[bytes]) -> None:
@@ -150,7 +151,7 @@ class RawSender:
             for slot, content in zip(ticket.slots, contents, strict=False)
         )
         return protocol.DataHeader(
-            ticket.transfer, ticket.secret, self.target.epoch, ticket.round, blocks
+            ticket.transfer, ticket.secret, self.target.epoch, ticket.round, blocks, WIRE
         )
 
     async def ship(self, header: protocol.DataHeader, frames: Sequence[bytes]) -> None:

@@ -18,6 +18,7 @@ from kvtransfer.commands import Broken, Returned, Ticketed, Wanted
 from tests.kvtransfer import node
 from tests.kvtransfer.node import Node, running
 from tests.kvtransfer.peer_process import KEY, TIMERS
+from tests.kvtransfer.pool import WIRE
 
 pytestmark = pytest.mark.usefixtures("transport")
 
@@ -131,7 +132,7 @@ async def test_a_receiver_that_restarts_at_the_same_address_is_a_new_peer() -> N
             reborn.bind(d.endpoint.address)
             route, hello = await reborn.recv_multipart()
             assert isinstance(protocol.decode_for_receiver(hello), protocol.Hello)
-            welcome = protocol.Welcome(id="d", epoch=3, window=1, data={})
+            welcome = protocol.Welcome(id="d", epoch=3, window=1, wire=WIRE, data={})
             await reborn.send_multipart([route, protocol.encode(welcome)])
             assert await p.events.next(Broken) == Broken(KEY, "peer", "d@3 answers for d@2")
         finally:

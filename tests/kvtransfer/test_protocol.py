@@ -9,7 +9,7 @@ from common.errors import ProtocolError
 from common.messages import Peer, TokenLogprob
 from kvtransfer import protocol as p
 from kvtransfer.commands import First, Key, Slot
-from tests.kvtransfer.pool import LAYOUT, identity
+from tests.kvtransfer.pool import LAYOUT, WIRE, identity
 
 TO_RECEIVER: list[p.ToReceiver] = [
     identity("a", (1 << 63) - 1).hello("tcp://127.0.0.1:1", ("tcp",)),
@@ -19,7 +19,7 @@ TO_RECEIVER: list[p.ToReceiver] = [
     p.AbortTransfer(11, "cancel"),
 ]
 TO_SENDER: list[p.ToSender] = [
-    p.Welcome(id="b", epoch=1, window=2, data={"zmq": "tcp://127.0.0.1:2"}),
+    p.Welcome(id="b", epoch=1, window=2, wire=WIRE, data={"zmq": "tcp://127.0.0.1:2"}),
     p.Refused("layout", "why"),
     p.Waiting(1),
     p.Ticket(1, 2, bytes(16), 3, (Slot(0, 5, 6), Slot(1, 7, 8))),
@@ -28,7 +28,7 @@ TO_SENDER: list[p.ToSender] = [
     p.Ack(1),
     p.Renew(1, (2, 3), 4),
 ]
-HEADER = p.DataHeader(1, bytes(16), 2, 1, (p.DataBlock(0, 5, 6, 16, (1 << 64) - 1),))
+HEADER = p.DataHeader(1, bytes(16), 2, 1, (p.DataBlock(0, 5, 6, 16, (1 << 64) - 1),), WIRE)
 
 
 @pytest.mark.parametrize("message", TO_RECEIVER, ids=lambda message: type(message).__name__)
@@ -69,9 +69,13 @@ def test_who_may_exchange_blocks() -> None:
     assert hello.source == Peer("b", 2, "tcp://127.0.0.1:1") and hello.layout == LAYOUT
     assert me.refusal(hello) is None
     for field, value, reason in (
-        ("version", 2, "version"),
+        ("version", 1, "version"),
         ("content_id", "other", "content"),
         ("layout", msgspec.structs.replace(LAYOUT, dtype="bfloat16"), "layout"),
+        ("layout", msgspec.structs.replace(LAYOUT, first_kv_head=2), "layout"),
+        ("layout", msgspec.structs.replace(LAYOUT, block_size=24), "layout"),
     ):
         refused = me.refusal(msgspec.structs.replace(hello, **{field: value}))
         assert refused is not None and refused.reason == reason
+    other_size = msgspec.structs.replace(LAYOUT, block_size=48)
+    assert me.refusal(msgspec.structs.replace(hello, layout=other_size)) is None

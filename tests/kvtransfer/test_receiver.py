@@ -8,7 +8,7 @@ from kvtransfer.commands import Grant, Key, Slot
 from kvtransfer.receiver import Receiver
 from kvtransfer.stats import TransferStats
 from kvtransfer.timers import Timers
-from tests.kvtransfer.pool import BLOCK_SIZE, identity
+from tests.kvtransfer.pool import BLOCK_SIZE, WIRE, identity
 
 TIMERS = Timers.of(TimerConfig())
 
@@ -85,7 +85,7 @@ def test_slow_is_no_stall() -> None:
     for position, slot, generation in ticket.slots:
         now += 0.8 * TIMERS.stall_s
         block = p.DataBlock(position, slot, generation, BLOCK_SIZE, 5)
-        header = p.DataHeader(2, ticket.secret, 1, 1, (block,))
+        header = p.DataHeader(2, ticket.secret, 1, 1, (block,), WIRE)
         landing = receiver.accept(header, 64, now)
         assert landing is not None
         receiver.landed(landing, [5], now)

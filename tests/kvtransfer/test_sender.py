@@ -10,7 +10,7 @@ from kvtransfer.sender import Sender
 from kvtransfer.stats import TransferStats
 from kvtransfer.timers import Timers
 from tests.kvtransfer.node import FIRST
-from tests.kvtransfer.pool import BLOCK_SIZE, BytePool, identity
+from tests.kvtransfer.pool import BLOCK_SIZE, WIRE, BytePool, identity
 
 PEER = Peer("d", 2, "address")
 BLOCK_BYTES = 1 << 20
@@ -35,7 +35,7 @@ def begin(sender: Sender, key: Key, num_blocks: int) -> int:
     sender.command(Open(key, PEER, num_blocks * BLOCK_SIZE), 0.0)
     if not sender.links[PEER].up:
         sender.connected(PEER, 0.0)
-        sender.message(PEER, p.Welcome(id="d", epoch=2, window=WINDOW, data={}), 0.0)
+        sender.message(PEER, p.Welcome(id="d", epoch=2, window=WINDOW, wire=WIRE, data={}), 0.0)
     message = sent(sender)[-1]
     assert isinstance(message, p.Begin) and message.key == key and message.round == 0
     return message.transfer

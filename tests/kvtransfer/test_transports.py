@@ -15,7 +15,7 @@ from kvtransfer.outgoing import Shipment
 from kvtransfer.tcp_transport import PREFIX, TcpOutlet
 from kvtransfer.transports import ORDER, offered
 from tests.kvtransfer.node import FIRST, Node, running
-from tests.kvtransfer.pool import BLOCK_SIZE, BytePool
+from tests.kvtransfer.pool import BLOCK_SIZE, WIRE, BytePool
 from tests.kvtransfer.raw_sender import RawShm, RawTcp, raw_sender
 
 KEY = Key(7, 1)
@@ -181,7 +181,7 @@ async def test_an_abandoned_shipment_is_not_read_from_the_pool() -> None:
         port = server.getsockname()[1]
         outlet = await TcpOutlet.connect(f"tcp://127.0.0.1:{port}", pool)
         far, _ = server.accept()
-        shipment = Shipment(protocol.DataHeader(11, b"", 1, 1, ()), ((0, 16),))
+        shipment = Shipment(protocol.DataHeader(11, b"", 1, 1, (), WIRE), ((0, 16),))
         outlet.send(shipment)
         assert outlet.reading == 11 and not outlet.writable()
         outlet.abandon()

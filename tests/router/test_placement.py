@@ -97,8 +97,10 @@ def test_last_token_needs_no_decode_worker() -> None:
 def test_contents_and_layouts_are_never_mixed() -> None:
     other = replace(worker("p0", content_id="c1"))
     assert go(view(), other, worker("d0")) == Placement(None, "d0", 1000)
-    wide = KvLayoutInfo(block_size=32, num_layers=2, num_kv_heads=2, head_dim=8, dtype="float32")
+    wide = KvLayoutInfo(block_size=16, num_layers=2, num_kv_heads=2, head_dim=32, dtype="float32")
     assert go(view(), worker("p0", layout=wide), worker("d0")) == Placement(None, "d0", 1000)
+    large = KvLayoutInfo(block_size=32, num_layers=2, num_kv_heads=2, head_dim=8, dtype="float32")
+    assert go(view(), worker("p0", layout=large), worker("d0")) == Placement("p0", "d0", 1000)
     busy = worker("p1", prefill_tokens=9_000)
     assert go(view(), other, busy, worker("d0")) == Placement("p1", "d0", 1000)
 
