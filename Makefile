@@ -18,7 +18,7 @@ JOBS ?= 2
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install serve test chaos soak lint format types check compare bench-quick clean
+.PHONY: install serve test test-clients chaos soak lint format types check compare bench-quick clean
 
 install: $(INSTALLED)
 
@@ -46,6 +46,19 @@ chaos: $(INSTALLED)
 
 soak: $(INSTALLED)
 	$(FAULTS) --faults soak $(TESTS)
+
+# Clients in other languages and of other projects, each in an environment of its own.
+CLIENTS := .cache/clients
+
+$(CLIENTS)/.installed: tests/clients/requirements.txt tests/clients/node/package-lock.json
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet -r tests/clients/requirements.txt
+	@if command -v npm >/dev/null; then cd tests/clients/node && npm ci --no-audit --no-fund; \
+		else echo 'No npm here: the clients for Node are left out.'; fi
+	@touch $@
+
+test-clients: $(INSTALLED) $(CLIENTS)/.installed
+	$(BIN)/python -m pytest tests/clients $(TESTS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -162,6 +162,8 @@ class RefusalPart(Strict):
 class ToolFunction(Strict):
     name: str
     arguments: str | None = None
+    parsed_arguments: Free = None
+    """What a client's library made of the arguments; without effect."""
 
 
 class ToolCall(Strict):
@@ -237,9 +239,11 @@ class Message(Strict):
     tool_calls: _ToolCalls | None = None
     tool_call_id: str | None = None
 
-    # What other servers' answers carry, when they are sent back: nothing, but for citations.
+    # What answers carry, and what clients' libraries add to them, when they are sent back.
+    # Without effect.
     annotations: Free = None
-    """Accepted without effect."""
+    parsed: Free = None
+    provider_specific_fields: Free = None
     audio: None = None
     function_call: None = None
 

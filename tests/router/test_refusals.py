@@ -224,11 +224,17 @@ async def test_nulls_and_fields_without_effect_are_accepted(deploy: Deploy) -> N
                 "refusal": None,
                 "reasoning": "hm",
                 "annotations": [],
+                "parsed": {"a": 1},
+                "provider_specific_fields": None,
                 "audio": None,
                 "function_call": None,
                 "tool_calls": [
                     {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}},
-                    {"index": 1, "id": "2", "function": {"name": "f", "arguments": None}},
+                    {
+                        "index": 1,
+                        "id": "2",
+                        "function": {"name": "f", "arguments": None, "parsed_arguments": {}},
+                    },
                 ],
             },
             {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]},
