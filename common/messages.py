@@ -82,6 +82,8 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Tokens whose KV is held by running sequences."""
     free_blocks: int = 0
     """Blocks that could be handed out now: free and cached."""
+    fetch_bps: float = 0.0
+    """Bytes per second at which fetched prefixes came in of late; 0: none has yet."""
 
 
 class Ledger(msgspec.Struct, frozen=True, kw_only=True):
@@ -115,6 +117,17 @@ class Ping(msgspec.Struct, frozen=True, tag="ping"):
     seq: int
 
 
+class FetchFrom(msgspec.Struct, frozen=True, array_like=True):
+    """A worker whose cache holds a prefix of the prompt, to be fetched before the rest is
+    computed."""
+
+    peer: Peer
+    units: int
+    """Of 16 tokens, that it is thought to hold; it may hold more, or less by now."""
+    within_s: float
+    """What is not there by then is computed: later it would save nothing."""
+
+
 class _Work(msgspec.Struct, frozen=True, kw_only=True):
     request: int
     """64-bit, minted by the router at random, unique over all routers."""
@@ -128,6 +141,8 @@ class _Work(msgspec.Struct, frozen=True, kw_only=True):
     """Choice numbers to generate; more than one only if nothing was emitted yet."""
     params: SamplingParams
     salt: str = ""
+    fetch: FetchFrom | None = None
+    """For whoever prefills."""
 
 
 class Prefill(_Work, frozen=True, kw_only=True, tag="prefill"):

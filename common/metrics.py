@@ -31,6 +31,10 @@ class WorkerMetrics:
         self.computed_tokens = prompt.labels("computed")
         self.cached_tokens = prompt.labels("cached")
         self.generated_tokens = self._counter("generated_tokens", "Tokens that were sampled")
+        self.fetched_tokens = self._counter(
+            "fetched_tokens", "Tokens whose KV was fetched from the cache of another worker"
+        )
+        self.fetches = self._counter("fetches", "Fetches of cached prefixes", "outcome")
         self.steps = self._counter("engine_steps", "Engine steps")
         self.step_seconds = Histogram(
             "tandem_step_seconds",

@@ -9,7 +9,7 @@ slots used again. Driven by `common.loop` in the engine thread.
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
-from common.engine import Engine, Runner
+from common.engine import Runner
 from common.events import AttemptId, Ship
 from common.kv.blocks import BlockManager
 from common.messages import Admit, Load, Prefill
@@ -20,6 +20,7 @@ from common.sequence import Sequence
 from decode.handover import Claims, Handover
 from decode.scheduler import DecodeScheduler
 from kvtransfer.commands import Arrived, First, Grant, Refuse, Returned, Revoke, Wait, Wanted
+from kvtransfer.fetching import FetchingEngine
 
 
 @dataclass(slots=True)
@@ -37,7 +38,7 @@ class Attempt:
     """Choices that the router ended while the KV was on its way."""
 
 
-class DecodeEngine(Engine):
+class DecodeEngine(FetchingEngine):
     """The attempts of one decode worker."""
 
     def __init__(
@@ -65,7 +66,8 @@ class DecodeEngine(Engine):
         sequence.arrival = self._num_taken
         if work.prefill is None:
             self._attempts[id] = Attempt(sequence.router, None, [sequence])
-            self.scheduler.add(sequence)
+            if work.fetch is None or not self.fetch(sequence, work.fetch):
+                self.scheduler.add(sequence)
             return
         handover = Handover(sequence, work.prefill)
         self._attempts[id] = Attempt(sequence.router, handover, prefilled=True)
@@ -75,6 +77,18 @@ class DecodeEngine(Engine):
             case Returned(_, landed, reason):
                 self._give_up(handover, landed, reason)
 
+    def fetched(self, attempt: AttemptId) -> None:
+        self.scheduler.add(self._attempts[attempt].sequences[0])
+
+    def sends(self, attempt: AttemptId) -> bool:
+        return False
+
+    def headroom(self) -> int:
+        return self.scheduler.num_seats
+
+    def lend(self, change: int) -> None:
+        self.scheduler.num_lent += change
+
     def attempts(self) -> Iterable[tuple[AttemptId, bytes]]:
         return [(id, attempt.router) for id, attempt in self._attempts.items()]
 
@@ -83,6 +97,9 @@ class DecodeEngine(Engine):
 
     def drop(self, attempt: AttemptId, reason: str) -> None:
         dropped = self._attempts.pop(attempt)
+        if self.is_fetching(attempt):
+            self.end_fetch(attempt)
+            return
         for sequence in dropped.sequences:
             self.scheduler.remove(sequence)
         handover = dropped.handover
@@ -104,10 +121,14 @@ class DecodeEngine(Engine):
             if live.unwanted.issuperset(live.handover.choices):
                 self.end(attempt, "cancelled")
             return
+        is_fetching = self.is_fetching(attempt)
         for sequence in list(live.sequences):
             left = tuple(choice for choice in sequence.choices if choice not in choices)
             if left:
                 sequence.choices = left
+            elif is_fetching:
+                self.end(attempt, "cancelled")
+                return
             else:
                 self.scheduler.remove(sequence)
                 live.sequences.remove(sequence)
@@ -115,7 +136,7 @@ class DecodeEngine(Engine):
             self.end(attempt, "cancelled")
 
     def idle(self) -> bool:
-        return not self._attempts and not self._lent
+        return not self._attempts and not self._lent and not self.is_exchanging
 
     def deadline(self) -> float | None:
         times = (super().deadline(), self._claims.deadline())
@@ -138,11 +159,14 @@ class DecodeEngine(Engine):
             prefill_tokens=sum(s.num_pending for s in (*running, *local) if s.num_pending > 1),
             kv_tokens=sum(s.num_computed for s in running),
             free_blocks=self.blocks.num_available,
+            fetch_bps=self.fetch_bps,
         )
 
     # -------------------------------------------------------- handovers
 
     def transfer(self, event: object) -> None:
+        if self.take_exchange(event):
+            return
         match event:
             case Wanted(key):
                 self._take_wanted(event)
@@ -159,7 +183,7 @@ class DecodeEngine(Engine):
                 else:
                     self._claims.end(event)
             case _:
-                # Ticketed, Delivered, Broken, Fenced: a decode worker sends nothing.
+                # Ticketed, Delivered, Broken, Fenced: a decode worker sends nothing else.
                 self.metrics.dropped.labels("transfer").inc()
 
     def _take_wanted(self, wanted: Wanted) -> None:

@@ -52,7 +52,12 @@ class DecodeScheduler:
         self.receiving: list[Handover] = []
         self.running: list[Sequence] = []
         self.num_lent = 0
-        """Grants of dropped attempts that the I/O thread has not given back yet."""
+        """Grants of fetches, and of dropped attempts, that the I/O thread has not given back."""
+
+    @property
+    def num_seats(self) -> int:
+        """Sequences that run, or will once their KV arrived."""
+        return len(self.running) + sum(len(h.choices) for h in self.receiving)
 
     def add(self, candidate: Sequence | Handover) -> None:
         insort(self.waiting, candidate, key=order)
@@ -162,7 +167,7 @@ class DecodeScheduler:
         for candidate in list(self.waiting):
             if isinstance(candidate, Sequence) and budget <= 0:
                 continue  # wants no blocks yet
-            seats = len(self.running) + sum(len(h.choices) for h in self.receiving)
+            seats = self.num_seats
             if seats and seats + len(candidate.choices) > self.limits.max_num_seqs:
                 break
             # Everyone who runs, or will, needs a next block before long.

@@ -7,6 +7,12 @@ and events are queued in order; a transfer is named by its `Key` on both sides.
 Sender (the worker that prefilled)            Receiver (the worker that decodes)
   engine -> I/O: Open, Offer*, Close, Abort      I/O -> engine: Wanted, Arrived, Returned
   I/O -> engine: Ticketed, Delivered, Broken     engine -> I/O: Grant | Wait | Refuse, Revoke
+
+A fetch is a transfer that its receiver asked for, without first tokens:
+
+Owner (sender)                                Fetcher (receiver)
+  I/O -> engine: Requested                       engine -> I/O: Fetch, EndFetch
+  engine -> I/O: Open, Offer, Close | Decline    I/O -> engine: Wanted ... | Declined
 """
 
 from dataclasses import dataclass
@@ -188,7 +194,54 @@ class Revoke:
     key: Key
 
 
-SenderCommand = Open | Offer | Close | Abort
-SenderEvent = Ticketed | Delivered | Broken
-ReceiverCommand = Grant | Wait | Refuse | Revoke
-ReceiverEvent = Wanted | Arrived | Returned
+# ------------------------------------------------------------ fetches
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """Ask `peer` for the longest prefix that it holds of the chain `hashes` (16 bytes for each unit
+    of 16 tokens). Answered by a Wanted of this key, or by Declined."""
+
+    key: Key
+    peer: Peer
+    hashes: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class EndFetch:
+    """Do not ask (any more); answered by nothing. What the owner has begun is to be refused."""
+
+    key: Key
+
+
+@dataclass(frozen=True, slots=True)
+class Declined:
+    """The owner sends nothing: `gone`, `busy`, `draining`, `peer` (it cannot be reached), or why it
+    does not exchange blocks with us."""
+
+    key: Key
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Requested:
+    """A worker asks for a prefix; see Fetch. Repeated until answered; idempotent."""
+
+    key: Key
+    peer: Peer
+    hashes: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Decline:
+    """Nothing is sent for this Requested."""
+
+    key: Key
+    peer: Peer
+    reason: str
+
+
+SenderCommand = Open | Offer | Close | Abort | Fetch | EndFetch
+SenderEvent = Ticketed | Delivered | Broken | Declined
+ReceiverCommand = Grant | Wait | Refuse | Revoke | Decline
+ReceiverEvent = Wanted | Arrived | Returned | Requested

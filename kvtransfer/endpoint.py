@@ -28,10 +28,6 @@ from common.messages import Peer
 from kvtransfer import protocol
 from kvtransfer.channel import Channel, cancel
 from kvtransfer.commands import (
-    Abort,
-    Close,
-    Offer,
-    Open,
     ReceiverCommand,
     ReceiverEvent,
     SenderCommand,
@@ -166,7 +162,7 @@ class Endpoint:
     def command(self, command: SenderCommand | ReceiverCommand) -> None:
         """Carry out a command of the engine. Commands of one key come in order."""
         now = time.monotonic()
-        if isinstance(command, Open | Offer | Close | Abort):
+        if isinstance(command, SenderCommand):
             self._sender.command(command, now)
         else:
             self._receiver.command(command, now)

@@ -11,11 +11,20 @@ from dataclasses import dataclass, field
 
 from common.errors import ProtocolError
 from common.messages import KvLayoutInfo, Peer
+from kvtransfer.commands import Key
 from kvtransfer.cutting import Cutting
 from kvtransfer.memory import BlockMemory
 from kvtransfer.outgoing import Outgoing, Shipment
 from kvtransfer.protocol import RUN_BLOCKS, RUN_BYTES, Welcome, Wire
 from kvtransfer.timers import Timers
+
+
+@dataclass(slots=True, eq=False)
+class Asking:
+    """A fetch that was not answered yet."""
+
+    hashes: bytes
+    asked_at: float = float("-inf")
 
 
 @dataclass(slots=True, eq=False)
@@ -39,6 +48,8 @@ class OutgoingLink:
     """When a block of any transfer landed last."""
     used_at: float = 0.0
     transfers: dict[int, Outgoing] = field(default_factory=dict)
+    fetches: dict[Key, Asking] = field(default_factory=dict)
+    """What is asked of this peer, as an owner of prefixes."""
     ring: deque[Outgoing] = field(default_factory=deque)
     """Transfers that may have something to ship, in the order of their turns."""
 

@@ -5,7 +5,9 @@ opened by the sender. Data travels on a connection of its own: a `DataHeader`, t
 message may be lost, late, doubled or forged; nothing here trusts the other side.
 
 Sender to receiver: Hello, Begin, Progress, Close, AbortTransfer. Receiver to sender: Welcome or
-Refused, Waiting, Ticket, Nack, Landed, Ack, Renew.
+Refused, Waiting, Ticket, Nack, Landed, Ack, Renew. Whoever wants a prefix that another worker
+caches says Fetch on a connection of its own, as if it were to send; the owner then begins a
+transfer of that key, or answers Declined.
 """
 
 from typing import Final, NamedTuple, TypeVar
@@ -91,6 +93,15 @@ class AbortTransfer(msgspec.Struct, frozen=True, tag="abort"):
     reason: str
 
 
+class Fetch(msgspec.Struct, frozen=True, tag="fetch"):
+    """Send me the longest prefix of this chain that you hold. Repeated until the owner's Begin or
+    Declined."""
+
+    key: Key
+    hashes: bytes
+    """16 bytes for each unit of 16 tokens, from the first on."""
+
+
 # ---------------------------------------------------------------- receiver -> sender
 
 
@@ -160,8 +171,15 @@ class Renew(msgspec.Struct, frozen=True, tag="renew"):
     """See Welcome; it shrinks as more senders come."""
 
 
-ToReceiver = Hello | Begin | Progress | Close | AbortTransfer
-ToSender = Welcome | Refused | Waiting | Ticket | Nack | Landed | Ack | Renew
+class Declined(msgspec.Struct, frozen=True, tag="declined"):
+    """Answer to a Fetch that nothing will be sent for: `gone`, `busy`, `draining`."""
+
+    key: Key
+    reason: str
+
+
+ToReceiver = Hello | Begin | Progress | Close | AbortTransfer | Fetch
+ToSender = Welcome | Refused | Waiting | Ticket | Nack | Landed | Ack | Renew | Declined
 
 
 # ---------------------------------------------------------------- data

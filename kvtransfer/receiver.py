@@ -14,14 +14,17 @@ from collections import deque
 from collections.abc import Sequence
 from random import Random
 
+from common.blockhash import HASH_BYTES
 from kvtransfer import protocol as p
 from kvtransfer.commands import (
     Arrived,
+    Decline,
     Grant,
     Key,
     ReceiverCommand,
     ReceiverEvent,
     Refuse,
+    Requested,
     Returned,
     Revoke,
     Wait,
@@ -77,6 +80,11 @@ class Receiver:
     # ------------------------------------------------------------ from the engine
 
     def command(self, command: ReceiverCommand, now: float) -> None:
+        if isinstance(command, Decline):
+            source = self._sources.find(command.peer)
+            if source is not None:
+                self.outbox.append((source.route, p.Declined(command.key, command.reason)))
+            return
         transfer = self._keys.get(command.key)
         if transfer is None:
             ended = self._ended_keys.get(command.key) is not None
@@ -131,6 +139,11 @@ class Receiver:
         match message:
             case p.Begin():
                 self._begin(source, message, now)
+            case p.Fetch(key, hashes):
+                if hashes and len(hashes) % HASH_BYTES == 0:
+                    self.events.append(Requested(key, source.peer, hashes))
+                else:
+                    self._stats.dropped["fetch"] += 1
             case p.Progress(steps, step_s):
                 if steps > source.steps:
                     source.steps, source.stepped_at = steps, now

@@ -7,7 +7,8 @@ bytes of a block are read only between its Offer and the end of its transfer.
     Open -> Begin ... Ticket -> blocks as they are offered -> Close ... Ack -> Delivered
                 \\ Nack, stall, lease over, peer lost -> Broken
 
-Each Open ends in exactly one Delivered, Broken or Abort.
+Each Open ends in exactly one Delivered, Broken or Abort. It also carries what this worker asks of
+others (Fetch): an answer that is no Declined is a Begin, which the receiving half takes.
 """
 
 from collections import deque
@@ -20,7 +21,10 @@ from kvtransfer.commands import (
     BlockRef,
     Broken,
     Close,
+    Declined,
     Delivered,
+    EndFetch,
+    Fetch,
     Key,
     Offer,
     Open,
@@ -31,7 +35,7 @@ from kvtransfer.commands import (
 from kvtransfer.identity import EndpointIdentity
 from kvtransfer.memory import BlockMemory
 from kvtransfer.outgoing import Outgoing, Shipment
-from kvtransfer.outgoing_link import OutgoingLink
+from kvtransfer.outgoing_link import Asking, OutgoingLink
 from kvtransfer.stats import TransferStats
 from kvtransfer.timers import Timers
 from kvtransfer.tombstones import Tombstones
@@ -67,6 +71,7 @@ class Sender:
         self._stats = stats
         self._random = random
         self._keys: dict[Key, tuple[OutgoingLink, Outgoing]] = {}
+        self._fetches: dict[Key, OutgoingLink] = {}
         self._ended: Tombstones[int, str] = Tombstones(timers.tombstone_s)
         self._steps = 0
         self._step_s = 0.0
@@ -100,6 +105,11 @@ class Sender:
                 if key in self._keys:
                     link, transfer = self._keys[key]
                     self._forget(link, transfer, reason, now)
+            case Fetch():
+                self._fetch(command, now)
+            case EndFetch(key):
+                if key in self._fetches:
+                    del self._fetches.pop(key).fetches[key]
 
     def set_progress(self, steps: int, step_s: float) -> None:
         self._steps, self._step_s = steps, step_s
@@ -113,9 +123,7 @@ class Sender:
     def _open(self, command: Open, now: float) -> None:
         assert command.key not in self._keys, command.key
         assert command.num_tokens > 0, command
-        link = self.links.get(command.peer)
-        if link is None:
-            link = self.links[command.peer] = OutgoingLink(command.peer, down_since=now)
+        link = self._link(command.peer, now)
         transfer = Outgoing(
             key=command.key,
             id=self._random.getrandbits(63),
@@ -129,6 +137,25 @@ class Sender:
         self._keys[command.key] = (link, transfer)
         if link.up:
             self._begin(link, transfer, now)
+
+    def _fetch(self, command: Fetch, now: float) -> None:
+        assert command.key not in self._fetches, command.key
+        link = self._fetches[command.key] = self._link(command.peer, now)
+        link.fetches[command.key] = Asking(command.hashes)
+        link.used_at = now
+        self._ask(link, now)
+
+    def _ask(self, link: OutgoingLink, now: float) -> None:
+        """Say each Fetch (again) that is due."""
+        for key, asking in link.fetches.items():
+            if link.up and now - asking.asked_at >= self._timers.resend_s:
+                asking.asked_at = now
+                self.outbox.append((link.peer, p.Fetch(key, asking.hashes)))
+
+    def _link(self, peer: Peer, now: float) -> OutgoingLink:
+        if peer not in self.links:
+            self.links[peer] = OutgoingLink(peer, down_since=now)
+        return self.links[peer]
 
     def _offer(self, key: Key, blocks: tuple[BlockRef, ...], now: float) -> None:
         if key in self._keys:
@@ -182,6 +209,9 @@ class Sender:
                     self._drop(link, "refused", f"{reason}: {detail}", now)
             case p.Renew():
                 self._renew(link, message, now)
+            case p.Declined(key, reason):
+                if key in link.fetches:
+                    self._decline(link, key, reason)
             case p.Ticket() | p.Waiting() | p.Nack() | p.Landed() | p.Ack():
                 transfer = link.transfers.get(message.transfer)
                 if transfer is not None:
@@ -228,6 +258,7 @@ class Sender:
         for transfer in link.transfers.values():
             transfer.answered_at = now
             self._ask_again(link, transfer, now)
+        self._ask(link, now)
 
     def _ticket(self, link: OutgoingLink, transfer: Outgoing, ticket: p.Ticket, now: float) -> None:
         if ticket.round <= transfer.round:
@@ -272,7 +303,8 @@ class Sender:
         if link.is_lost(now, self._timers):
             self._drop(link, "peer", f"{link.peer.address} cannot be reached", now)
             return
-        if link.transfers:
+        self._ask(link, now)
+        if link.transfers or link.fetches:
             link.used_at = now
         elif now - link.used_at > self._timers.idle_s:
             self._drop(link, "peer", "idle", now)
@@ -386,7 +418,14 @@ class Sender:
             self.outbox.append((link.peer, p.AbortTransfer(transfer.id, reason)))
 
     def _drop(self, link: OutgoingLink, reason: str, detail: str, now: float) -> None:
-        """End a link and every transfer on it."""
+        """End a link and every transfer and fetch on it."""
+        for key in list(link.fetches):
+            self._decline(link, key, detail if reason == "refused" else "peer")
         for transfer in list(link.transfers.values()):
             self._break(link, transfer, reason, detail, now)
         del self.links[link.peer]
+
+    def _decline(self, link: OutgoingLink, key: Key, reason: str) -> None:
+        del link.fetches[key]
+        del self._fetches[key]
+        self.events.append(Declined(key, reason))

@@ -49,6 +49,10 @@ class Sources:
             source.heard_at, source.lost_at = now, None
         return source
 
+    def find(self, peer: Peer) -> Source | None:
+        """This life of this worker, if it said Hello."""
+        return self._lives.get((peer.id, peer.epoch))
+
     def unreachable(self, route: bytes, now: float) -> None:
         """The connection of this route is closed. It comes back with a Hello or not at all."""
         source = self._routes.pop(route, None)

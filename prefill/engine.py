@@ -8,7 +8,7 @@ until the I/O thread has let them go (`Fence`), because it may be reading them. 
 
 from collections.abc import Collection, Iterable
 
-from common.engine import Engine, Runner
+from common.engine import Runner
 from common.events import AttemptId, Fence, Fenced, Ship
 from common.kv.blocks import BlockManager
 from common.messages import Admit, Load, Prefill
@@ -26,15 +26,18 @@ from kvtransfer.commands import (
     Key,
     Offer,
     Open,
+    Refuse,
     Ticketed,
+    Wanted,
 )
+from kvtransfer.fetching import FetchingEngine
 from prefill.scheduler import PrefillScheduler, Prompt
 
 PEER_REASONS = ("peer", "gone", "no_blocks", "draining", "refused")
 """Why a transfer broke, where that is the decode worker's doing and not the network's."""
 
 
-class PrefillEngine(Engine):
+class PrefillEngine(FetchingEngine):
     """The attempts of one prefill worker."""
 
     def __init__(
@@ -59,6 +62,14 @@ class PrefillEngine(Engine):
         prompt = Prompt(sequence, work.decode)
         self._prompts[attempt] = prompt
         self.scheduler.add(prompt)
+        if work.fetch is not None:
+            prompt.fetching = self.fetch(sequence, work.fetch)
+
+    def fetched(self, attempt: AttemptId) -> None:
+        self._prompts[attempt].fetching = False
+
+    def sends(self, attempt: AttemptId) -> bool:
+        return attempt in self._prompts or attempt in self._fenced
 
     def attempts(self) -> Iterable[tuple[AttemptId, bytes]]:
         return [(a, prompt.sequence.router) for a, prompt in self._prompts.items()]
@@ -68,6 +79,7 @@ class PrefillEngine(Engine):
 
     def drop(self, attempt: AttemptId, reason: str) -> None:
         prompt = self._prompts.pop(attempt)
+        self.end_fetch(attempt)
         if prompt.started and prompt.decode is not None:
             self.outbox.append(Ship(Abort(Key(*attempt), reason)))
             self.outbox.append(Fence(attempt))
@@ -81,7 +93,7 @@ class PrefillEngine(Engine):
             self.end(attempt, "cancelled")
 
     def idle(self) -> bool:
-        return not self._prompts and not self._fenced
+        return not self._prompts and not self._fenced and not self.is_exchanging
 
     def num_held(self) -> int:
         return self.scheduler.num_held
@@ -94,9 +106,12 @@ class PrefillEngine(Engine):
             prefill_tokens=self.scheduler.prefill_tokens,
             kv_tokens=sum(prompt.sequence.num_computed for prompt in running),
             free_blocks=self.blocks.num_available,
+            fetch_bps=self.fetch_bps,
         )
 
     def transfer(self, event: object) -> None:
+        if self.take_exchange(event):
+            return
         match event:
             case Ticketed(key):
                 if prompt := self._prompts.get(key):
@@ -114,8 +129,12 @@ class PrefillEngine(Engine):
                     self.refuse(prompt.sequence.router, key, failure, f"{reason}: {detail}")
             case Fenced(attempt):
                 self.blocks.unlease(self._fenced.pop(attempt))
+            case Wanted(key):
+                # Of a fetch that is over, or of nobody's.
+                self.outbox.append(Ship(Refuse(key, "gone")))
+                self.metrics.dropped.labels("transfer").inc()
             case _:
-                # Wanted, Arrived, Returned: a prefill worker receives nothing.
+                # Arrived, Returned: what was refused may come back as well.
                 self.metrics.dropped.labels("transfer").inc()
 
     # -------------------------------------------------------- steps

@@ -24,6 +24,8 @@ class Prompt:
     shipping: bool = False
     ticketed: bool = False
     """The decode worker reserved its slots: its pull will come."""
+    fetching: bool = False
+    """Waits for a prefix from another worker's cache."""
     num_offered: int = 0
     """Blocks, from the first on, that were offered to the decode worker."""
 
@@ -71,7 +73,7 @@ class PrefillScheduler:
         for prompt in list(self.waiting):
             if budget <= 0 or len(self.running) >= self.limits.max_num_seqs:
                 break
-            if self._is_held_back(prompt):
+            if prompt.fetching or self._is_held_back(prompt):
                 continue
             if not start(prompt.sequence, self.blocks, self.limits):
                 break

@@ -18,19 +18,25 @@ from kvtransfer.commands import (
     BlockRef,
     Broken,
     Close,
+    Decline,
+    Declined,
     Delivered,
+    EndFetch,
+    Fetch,
     First,
     Grant,
     Key,
     Offer,
     Open,
     ReceiverCommand,
+    ReceiverEvent,
     Refuse,
+    Requested,
     Returned,
     Revoke,
     SenderCommand,
+    SenderEvent,
     Slot,
-    Ticketed,
     Wait,
     Wanted,
 )
@@ -44,12 +50,15 @@ from tests.kvtransfer.pool import BLOCK_SIZE, BytePool, identity
 
 BLOCK_BYTES = 32
 NUM_BLOCKS = 14
-Event = Ticketed | Delivered | Broken | Wanted | Arrived | Returned
+Event = SenderEvent | ReceiverEvent
+FETCH = 2
+"""`attempt` of the keys of fetches."""
 Command = SenderCommand | ReceiverCommand
 
 
 def first_tokens(key: Key) -> tuple[First, ...]:
-    return (First(0, key.request * 7 % 1000, None),)
+    """None of a fetch."""
+    return () if key.attempt == FETCH else (First(0, key.request * 7 % 1000, None),)
 
 
 @dataclass(slots=True)
@@ -102,6 +111,10 @@ class SimulatedWorker:
     """Keys that this engine refused; a Returned may cross the Refuse."""
     inbox: deque[Event] = field(default_factory=deque)
     arrived: set[Key] = field(default_factory=set)
+    asking: dict[Key, float] = field(default_factory=dict)
+    """Fetches that were not answered yet, and until when they are waited for."""
+    given: set[Key] = field(default_factory=set)
+    """Fetches that this engine has answered as an owner."""
 
     def __post_init__(self) -> None:
         self.pool = BytePool(NUM_BLOCKS, BLOCK_BYTES)
@@ -159,11 +172,45 @@ class SimulatedWorker:
         self.prompts[key] = Prompt(key, num_tokens, blocks, abort_after)
         yield Open(key, to, num_tokens)
 
+    def fetch(self, key: Key, owner: Peer, num_tokens: int, until: float) -> Iterator[Command]:
+        """Ask a worker for a prefix of so many tokens."""
+        self.asking[key] = until
+        yield Fetch(key, owner, bytes(16 * num_tokens))
+
+    def give(self, requested: Requested) -> Iterator[Command]:
+        """Offer a part of what is asked for, all at once, or nothing."""
+        key = requested.key
+        if key in self.given:
+            return
+        self.given.add(key)
+        most = len(requested.hashes) // 16
+        num_tokens = most if self.calm else self.random.randint(1, most)
+        blocks = self.take(-(-num_tokens // BLOCK_SIZE))
+        if blocks is None or (not self.calm and self.random.random() < 0.2):
+            self.put_back(blocks or [])
+            yield Decline(key, requested.peer, "gone")
+            return
+        prompt = self.prompts[key] = Prompt(key, num_tokens, blocks, None)
+        refs = prompt.refs(len(blocks))
+        for ref in refs:
+            self.pool.slab(ref.block)[:] = content(key, ref.position)
+        prompt.offered = len(refs)
+        yield Open(key, requested.peer, num_tokens)
+        yield Offer(key, refs)
+        yield Close(key, ())
+
+    def give_up_late(self, now: float) -> Iterator[Command]:
+        """Fetches that took too long; those that were granted are revoked by chance."""
+        for key, until in list(self.asking.items()):
+            if now > until:
+                del self.asking[key]
+                yield EndFetch(key)
+
     def compute(self) -> Iterator[Command]:
         """One engine step: a chunk of every prompt."""
         self.steps += 1
         for prompt in self.prompts.values():
-            if prompt.aborted:
+            if prompt.aborted or prompt.key.attempt == FETCH:
                 continue
             if prompt.abort_after == 0:
                 prompt.aborted = True
@@ -200,7 +247,19 @@ class SimulatedWorker:
                     prompt = self.prompts.get(key)
                     if prompt is not None and not prompt.aborted:
                         self.put_back(self.prompts.pop(key).blocks)
+                case Requested() as requested:
+                    yield from self.give(requested)
+                case Declined(key):
+                    self.asking.pop(key, None)
+                case Wanted(key) as wanted if key.attempt == FETCH and key not in self.asking:
+                    if key not in self.granted.keys() | self.over | self.refused and key not in {
+                        other.key for other in self.queue
+                    }:
+                        self.refused.add(key)
+                        yield Refuse(key, "gone")
                 case Wanted() as wanted:
+                    if self.asking.pop(wanted.key, None) is not None:
+                        yield EndFetch(wanted.key)
                     known = {other.key for other in self.queue} | self.granted.keys()
                     if wanted.key not in known | self.over | self.refused:
                         self.queue.append(wanted)
@@ -286,13 +345,14 @@ class SimulatedWorker:
     @property
     def is_idle(self) -> bool:
         live = self.sender.num_live + self.receiver.num_live
-        return not (self.prompts or self.granted or self.queue or live)
+        return not (self.prompts or self.granted or self.queue or self.asking or live)
 
     def check_idle(self) -> None:
         """Nothing is held any more."""
         assert not self.prompts, (self.id, self.prompts)
         assert not self.granted, (self.id, self.granted)
         assert not self.queue, (self.id, self.queue)
+        assert not self.asking, (self.id, self.asking)
         assert sorted(self.free) == list(range(NUM_BLOCKS)), (self.id, self.free)
         assert self.sender.num_live == self.receiver.num_live == 0, self.id
 

@@ -22,7 +22,7 @@ from kvtransfer.commands import Abort, Key, SenderCommand
 from kvtransfer.outgoing import Shipment
 from kvtransfer.timers import Timers
 from tests.kvtransfer.pool import BLOCK_SIZE
-from tests.kvtransfer.simulated_worker import BLOCK_BYTES, Command, SimulatedWorker
+from tests.kvtransfer.simulated_worker import BLOCK_BYTES, FETCH, Command, SimulatedWorker
 
 TIMERS = Timers.of(TimerConfig(heartbeat_s=1, dead_after=3, lease_s=2.5, stall_s=1.5))
 FAULTY_S = 7.0
@@ -153,6 +153,7 @@ class Simulation:
         def step() -> None:
             self.order(worker, worker.take_events())
             self.order(worker, worker.compute())
+            self.order(worker, worker.give_up_late(self.now))
             self.on(worker, self.random.uniform(0.02, 0.4), step)
 
         self.on(worker, 0.0, step)
@@ -173,20 +174,29 @@ class Simulation:
             worker.commands.append(command)
             self.on(worker, self.random.random() * 0.1, carry_out)
 
-    def start_transfer(self) -> None:
-        """A router places a request, sometimes upon stale news."""
+    def start_transfer(self) -> Key:
+        """A router places a request, sometimes upon stale news, or has a worker fetch a prefix."""
         source = self.random.choice(list(self.workers.values()))
         others = [worker for worker in self.workers.values() if worker is not source]
         if self.faults != Faults():
             others += [worker for worker in self.lives[-9:] if worker.id != source.id]
         target = self.random.choice(others)
         self.requests += 1
-        key = Key(self.requests, 1)
+        is_fetch = self.random.random() < 0.4
+        key = Key(self.requests, FETCH if is_fetch else 1)
         num_tokens = self.random.randint(1, 5 * BLOCK_SIZE)
-        if source.alive:
+        if is_fetch and source.alive:
+            until = self.now + (self.random.uniform(0.1, 5.0) if not source.calm else HEAL_S)
+            self.on(
+                source,
+                0.0,
+                lambda: self.order(source, source.fetch(key, target.peer, num_tokens, until)),
+            )
+        elif source.alive:
             self.on(
                 source, 0.0, lambda: self.order(source, source.start(key, target.peer, num_tokens))
             )
+        return key
 
     # ------------------------------------------------------------ faults
 
@@ -404,14 +414,13 @@ class Simulation:
         self.heal()
         self.settle()
         before = len(self.all_arrived())
-        requests = self.requests
+        calm = []
         for _ in range(CALM):
-            self.start_transfer()
+            calm.append(self.start_transfer())
             self.run_until(self.now + 1.2)
         self.settle()
         assert len(self.all_arrived()) == before + CALM, "a transfer failed without a fault"
-        for number in range(requests + 1, self.requests + 1):
-            key = Key(number, 1)
+        for key in calm:
             assert any(life.ended.get(key) == "delivered" for life in self.lives), key
 
     def settle(self) -> None:

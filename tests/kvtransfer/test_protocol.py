@@ -17,10 +17,12 @@ TO_RECEIVER: list[p.ToReceiver] = [
     p.Progress(7, 0.5),
     p.Close(8, 1, 2, (First(0, 9, None), First(1, 10, TokenLogprob(10, -0.5, ((10, -0.5),))))),
     p.AbortTransfer(11, "cancel"),
+    p.Fetch(Key(1, 2), bytes(32)),
 ]
 TO_SENDER: list[p.ToSender] = [
     p.Welcome(id="b", epoch=1, window=2, wire=WIRE, data={"zmq": "tcp://127.0.0.1:2"}),
     p.Refused("layout", "why"),
+    p.Declined(Key(1, 2), "gone"),
     p.Waiting(1),
     p.Ticket(1, 2, bytes(16), 3, (Slot(0, 5, 6), Slot(1, 7, 8))),
     p.Nack(1, "gone"),

@@ -15,6 +15,7 @@ from kvtransfer.receiver import Receiver
 from kvtransfer.sender import Sender
 from kvtransfer.tombstones import Tombstones
 from tests.faults.volume import Volume
+from tests.kvtransfer.simulated_worker import FETCH
 from tests.kvtransfer.simulation import simulate
 
 SEEDS = 75_000
@@ -31,11 +32,13 @@ def test_no_violation_and_the_faults_really_happened(batch: int, volume: Volume)
         for life in simulate(seed).lives:
             seen["lives"] += 1
             seen["arrived"] += life.stats.arrived
+            seen["fetched"] += sum(key.attempt == FETCH for key in life.arrived)
             seen["repeated"] += life.stats.rounds_repeated
             seen["damaged"] += life.stats.digest_errors
             seen["broken"] += life.stats.broken.total()
             seen["late"] += life.stats.dropped["transfer"] + life.stats.dropped["landed"]
     assert seen["arrived"] > 8 * len(seeds)
+    assert seen["fetched"] > 2 * len(seeds)
     assert seen["lives"] > 3 * len(seeds)
     assert min(seen["repeated"], seen["damaged"], seen["broken"], seen["late"]) > 5, seen
 
