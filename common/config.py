@@ -184,6 +184,9 @@ class HttpConfig(ExposureConfig):
         None, "how the model writes calls of tools; none: as its chat template shows",
         choices=("hermes", "llama3_json", "mistral"),
     )  # fmt: skip
+    keep_alive_s: float = flag(
+        75.0, "seconds that an idle connection is kept; longer than clients keep theirs"
+    )
     max_n: int = flag(128, "most choices (`n`) of one request")
     max_best_of: int = flag(128, "largest `best_of`")
     max_logprobs: int = flag(20, "most logprobs per token")

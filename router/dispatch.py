@@ -57,7 +57,7 @@ class Dispatcher:
         step_s: float | None = None,
     ) -> None:
         """`step_s`: how long a decode step may become by a prompt that is computed beside it; None:
-        only what is next to nothing is."""
+        decode workers compute prompts only where no prefill worker can."""
         self._directory = directory
         self._link = link
         self._fleet = fleet

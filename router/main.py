@@ -94,7 +94,7 @@ async def _serve(
         keys=Keys(config.api_key, Path(config.api_keys) if config.api_keys else None),
         cors=cors,
     )
-    server = Server(http_config(create_app(parts), caps, tls))
+    server = Server(http_config(create_app(parts), caps, tls, config.keep_alive_s))
     try:
         await _run(service, server, listener, config.drain_s)
     finally:

@@ -95,7 +95,7 @@ class View:
     held: Mapping[str, int] = field(default_factory=dict)
     """Worker id -> tokens of the prompt that others can fetch from it now."""
     itl_s: float | None = None
-    """Limit of a decode step; None: decode workers prefill only what is next to nothing."""
+    """Limit of a decode step; None: decode workers prefill only where no prefill worker can."""
     avoid: frozenset[str] = frozenset()
     """Workers that this attempt must not use."""
     avoid_pairs: frozenset[tuple[str, str]] = frozenset()
@@ -211,11 +211,11 @@ def _better(
 
 def _may_prefill(view: View, decode: Candidate, weights: Weights) -> bool:
     """The residents' steps bear a prefill beside them."""
+    if view.itl_s is None:
+        return False
     uncached = _uncached(view, decode)
     if view.hits.get(decode.id, 0) and uncached <= LOCAL_TOKENS:
         return True
-    if view.itl_s is None:
-        return False
     chunk = min(uncached, decode.chunk_tokens)
     cost = decode.cost
     longest = cost.step(decode.num_seqs + 1, decode.kv_tokens + view.num_tokens) + chunk * (

@@ -67,8 +67,14 @@ class Tls:
         return cls(config.ssl_certfile, config.ssl_keyfile)
 
 
-def http_config(app: ASGIApp, caps: Caps = DEFAULT, tls: Tls | None = None) -> HttpServerConfig:
-    """How uvicorn serves `app`: no headers of proxies believed, bounded connections."""
+def http_config(
+    app: ASGIApp, caps: Caps = DEFAULT, tls: Tls | None = None, keep_alive_s: float = 75.0
+) -> HttpServerConfig:
+    """How uvicorn serves `app`: no headers of proxies believed, bounded connections.
+
+    `keep_alive_s` is longer than clients keep an idle connection (often 5 to 60 s): a request
+    must not meet the end of the connection that it is sent on.
+    """
     config = HttpServerConfig(
         app,
         http=Connection,
@@ -77,6 +83,7 @@ def http_config(app: ASGIApp, caps: Caps = DEFAULT, tls: Tls | None = None) -> H
         proxy_headers=False,
         log_config=None,
         access_log=False,
+        timeout_keep_alive=round(keep_alive_s),
         ssl_certfile=tls.certificate if tls is not None else None,
         ssl_keyfile=tls.key if tls is not None else None,
     )

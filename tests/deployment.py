@@ -178,7 +178,6 @@ class Deployment:
             if error is None:
                 self.stop()
             else:
-                print(self._story("failed a test"))
                 self.kill()
 
     # ---------------------------------------------------------------- inside

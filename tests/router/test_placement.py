@@ -78,10 +78,13 @@ def test_no_prefill_worker_means_local() -> None:
 def test_local_if_nearly_all_is_cached_on_decode() -> None:
     hit = 1000 - LOCAL_TOKENS
     workers = (worker("p0"), worker("d0"))
-    assert go(view(hits={"d0": hit}), *workers) == Placement(None, "d0", LOCAL_TOKENS)
-    assert go(view(hits={"d0": hit - 1}), *workers) == Placement("p0", "d0", 1000)
+    local = Placement(None, "d0", LOCAL_TOKENS)
+    assert go(view(hits={"d0": hit}, itl_s=0.0), *workers) == local
+    assert go(view(hits={"d0": hit - 1}, itl_s=0.0), *workers) == Placement("p0", "d0", 1000)
     # A short prompt that nobody holds is no reason to disturb the residents.
-    assert go(view(20), *workers) == Placement("p0", "d0", 20)
+    assert go(view(20, itl_s=0.0), *workers) == Placement("p0", "d0", 20)
+    # Without a limit it is not theirs to do.
+    assert go(view(hits={"d0": hit}), *workers) == Placement("p0", "d0", 1000)
 
 
 def test_one_token_is_always_computed() -> None:

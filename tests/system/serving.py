@@ -14,6 +14,8 @@ from tests.deployment import Deployment
 
 TINY = ("--dtype", "float32", "--max-model-len", "4096", "--kv-memory", "96M")
 """Flags for a tiny checkpoint: exact arithmetic, a pool that all prompts fit into."""
+HANDED_OVER = ("--local-prefill", "fallback")
+"""Every prompt takes the way through a prefill worker, although a tiny one costs less without."""
 
 
 def deployment(
@@ -21,7 +23,7 @@ def deployment(
 ) -> Deployment:
     return Deployment(
         "--model", str(model), "--prefill", str(prefill), "--decode", str(decode),
-        *(TINY if tiny else ()), *flags,
+        *(TINY if tiny else ()), *(HANDED_OVER if prefill else ()), *flags,
     )  # fmt: skip
 
 
