@@ -38,10 +38,13 @@ struct Task {
     bool whole;  // all partitions that its tokens see
 };
 
-// Keys and values that will be read soon.
+// The keys and values of a partition, in pieces: a piece is one unit of one head, keys or values.
 struct Ahead {
     const Span* span = nullptr;
     int first_head = 0, heads = 0, base = 0, units = 0;
+
+    int pieces() const { return heads * 2 * units; }
+    bool operator==(const Ahead&) const = default;
 };
 
 template <class T>
@@ -120,37 +123,48 @@ class Attention {
         write(group, to, 0);
     }
 
-    // Brings a piece of what is ahead nearer: one unit of one head, keys or values. In the order in
-    // which they lie in memory: all heads of a block are neighbours.
-    void fetch(const Pool<T>& pool, int layer, const Ahead& ahead, int piece) const {
-        const int unit = piece / (2 * ahead.heads), rest = piece % (2 * ahead.heads);
-        // Into the second level cache: the first takes few requests at a time.
-        const auto* p = reinterpret_cast<const char*>(
-            slot_of(pool, layer, rest / ahead.heads, *ahead.span,
-                    ahead.first_head + rest % ahead.heads, ahead.base + unit * LANES));
-        for (size_t i = 0; i < LANES * s_.head_dim * sizeof(T); i += 64)
-            __builtin_prefetch(p + i, 0, 2);
-    }
-
  private:
     static constexpr int STRIDE = PART + LANES;  // of scores and weights; no power of two
+    static constexpr int DISTANCE = 24;           // pieces, of 2 KB where head_dim is 64
     static constexpr float NONE = -std::numeric_limits<float>::infinity();
 
-    // Pieces of what is ahead, spread over the steps of what is at hand.
-    struct Fetches {
-        const Attention& attention;
-        const Pool<T>& pool;
-        int layer;
-        Ahead ahead;
-        int steps, step = 0, piece = 0;
-
-        void next() {
-            ++step;
-            const int pieces = ahead.units * ahead.heads * 2;
-            for (; piece < pieces && int64_t(piece) * steps < int64_t(step) * pieces; ++piece)
-                attention.fetch(pool, layer, ahead, piece);
-        }
+    // What is fetched from memory, DISTANCE pieces before they are read, in the order in which they
+    // are: all partitions of a task, then the first one of what probably comes after it.
+    struct Stream {
+        Ahead at;
+        int layer = -1, piece = 0, lead = 0;  // pieces of `at` fetched; all that are not yet read
+        bool moved = false;                   // `at` belongs to the task after this one
     };
+
+    // A task begins: goes on if it is the expected one, else anew.
+    void follow(int layer, const Ahead& first) {
+        if (!stream_.moved || stream_.layer != layer || stream_.at != first)
+            stream_ = {first, layer, 0, 0, false};
+        stream_.moved = false;
+    }
+
+    // Called before a piece is read.
+    void fetch(const Pool<T>& pool, const Span& span, const Task& task, const Ahead& next) {
+        for (; stream_.lead < DISTANCE; ++stream_.lead) {
+            if (stream_.piece == stream_.at.pieces()) {
+                const int number = stream_.at.base / PART + 1;
+                if (stream_.moved || (number >= task.last_part && next.span == nullptr)) break;
+                stream_.moved = number >= task.last_part;
+                stream_.at = stream_.moved ? next : ahead(span, task, number);
+                stream_.piece = 0;
+            }
+            const Ahead& at = stream_.at;
+            const int head = stream_.piece / (2 * at.units), rest = stream_.piece % (2 * at.units);
+            const auto* p = reinterpret_cast<const char*>(
+                slot_of(pool, stream_.layer, rest / at.units, *at.span, at.first_head + head,
+                        at.base + rest % at.units * LANES));
+            // Into the second level cache: the first takes few requests at a time.
+            for (size_t i = 0; i < LANES * s_.head_dim * sizeof(T); i += 64)
+                __builtin_prefetch(p + i, 0, 2);
+            ++stream_.piece;
+        }
+        stream_.lead = std::max(0, stream_.lead - 1);
+    }
 
     static Ahead ahead(const Span& span, const Task& task, int number) {
         const int base = number * PART, end = std::min(base + PART, span.start + task.last);
@@ -179,14 +193,12 @@ class Attention {
         const int group = s_.group(), rows = (task.last - task.first) * group;
         const int begin = span.start + task.first, end = span.start + task.last;
         const int heads = task.last_head - task.first_head;
+        follow(layer, ahead(span, task, task.first_part));
         for (int number = task.first_part; number < task.last_part; ++number) {
             const int base = number * PART, count = std::min(PART, end - base);
-            const bool last = number + 1 == task.last_part;
-            Fetches fetches{*this, pool, layer, last ? next : ahead(span, task, number + 1),
-                            heads * ((count + LANES - 1) / LANES) * 2};
             for (int head = 0; head < heads; ++head) {
                 const auto unit = [&](int kind, int j) {
-                    fetches.next();
+                    fetch(pool, span, task, next);
                     return slot_of(pool, layer, kind, span, task.first_head + head, base + j);
                 };
                 pack_keys(count, [&](int j) { return unit(0, j); });
@@ -342,6 +354,7 @@ class Attention {
     Buffer<float> merged_, highest_, total_, sums_;
     Buffer<uint32_t> packed_keys_, packed_values_;
     Buffer<T> no_value_;
+    Stream stream_;
 };
 
 }  // namespace tandem

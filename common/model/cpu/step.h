@@ -347,11 +347,6 @@ class Model {
         const Task coming = following < int(tasks_.size()) ? cut(tasks_[following]) : task;
         if (following < int(tasks_.size()))
             next = Attention<T>::beginning(spans_[coming.row], coming);
-        if (index < team_.size()) {
-            const Ahead now = Attention<T>::beginning(span, task);
-            for (int piece = 0; piece < now.units * now.heads * 2; ++piece)
-                attention.fetch(pool_, number, now, piece);
-        }
         T* to = attended_.data() + token * s_.attended_stride();
         if (task.whole) {
             attention.attend(pool_, number, layer.window, span, task, queries, head_stride,
