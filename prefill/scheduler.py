@@ -1,10 +1,13 @@
-"""Which prompts a prefill worker computes next: first come first served, in shared chunks.
+"""Which prompts a prefill worker computes next: shortest remaining first, in shared chunks.
 
-A prompt gets all its blocks when its first chunk is scheduled, so a started prompt never waits
-for memory. Used by `prefill.engine`, in the engine thread; owns the queue, not the transfers.
+A short prompt does not wait for all of a long one: every step serves whoever has least left. Who
+waits ages by the tokens that are computed meanwhile, so a prompt waits for at most as many tokens
+of later ones as it has itself. A prompt gets all its blocks when its first chunk is scheduled, so a
+started prompt never waits for memory. Used by `prefill.engine`, in the engine thread; owns the
+queue, not the transfers.
 """
 
-from collections import Counter, deque
+from collections import Counter
 from dataclasses import dataclass
 
 from common.kv.blocks import BlockManager
@@ -28,6 +31,14 @@ class Prompt:
     """Waits for a prefix from another worker's cache."""
     num_offered: int = 0
     """Blocks, from the first on, that were offered to the decode worker."""
+    arrival: int = 0
+    """Tokens that the worker had computed when the prompt came."""
+
+    @property
+    def turn(self) -> tuple[int, int]:
+        """Sorts prompts into the order in which they are served: priority, then the tokens left
+        less those that it has waited for (all ages grow alike: only differences count)."""
+        return self.sequence.priority, self.sequence.num_pending + self.arrival
 
     @property
     def is_held(self) -> bool:
@@ -41,9 +52,11 @@ class PrefillScheduler:
     def __init__(self, blocks: BlockManager, limits: Limits) -> None:
         self.blocks = blocks
         self.limits = limits
-        self.waiting: deque[Prompt] = deque()
+        self.waiting: list[Prompt] = []
+        """In order of arrival, as are the others."""
         self.running: list[Prompt] = []
         self.shipping: list[Prompt] = []
+        self._num_computed = 0
 
     @property
     def num_held(self) -> int:
@@ -56,32 +69,33 @@ class PrefillScheduler:
         return sum(prompt.sequence.num_pending for prompt in prompts)
 
     def add(self, prompt: Prompt) -> None:
-        """In order of priority, then of arrival."""
-        place = len(self.waiting)
-        while place and self.waiting[place - 1].sequence.priority > prompt.sequence.priority:
-            place -= 1
-        self.waiting.insert(place, prompt)
+        prompt.arrival = self._num_computed
+        self.waiting.append(prompt)
 
     def next_batch(self) -> tuple[list[Chunk], list[Prompt]]:
-        """The chunks of the next step, oldest prompt first, and the prompts that start with it."""
+        """The chunks of the next step in the order of turns, and the prompts that start with it."""
         budget = self.limits.max_num_batched_tokens
         chunks: list[Chunk] = []
-        for prompt in self.running:
-            if budget > 0:
-                budget -= self._take_chunk(prompt, budget, chunks)
         started: list[Prompt] = []
-        for prompt in list(self.waiting):
-            if budget <= 0 or len(self.running) >= self.limits.max_num_seqs:
+        may_start = True
+        # Of equal turns the older one: sorting keeps order, and who runs came before who waits.
+        for prompt in sorted((*self.running, *self.waiting), key=lambda prompt: prompt.turn):
+            if budget <= 0:
                 break
-            if prompt.fetching or self._is_held_back(prompt):
-                continue
-            if not start(prompt.sequence, self.blocks, self.limits):
-                break
-            self.waiting.remove(prompt)
-            self.running.append(prompt)
-            prompt.started = True
-            started.append(prompt)
+            if not prompt.started:
+                if not may_start or prompt.fetching or self._is_held_back(prompt):
+                    continue
+                may_start = len(self.running) < self.limits.max_num_seqs
+                # Nobody overtakes for blocks: a large prompt would never find enough.
+                may_start = may_start and start(prompt.sequence, self.blocks, self.limits)
+                if not may_start:
+                    continue
+                self.waiting.remove(prompt)
+                self.running.append(prompt)
+                prompt.started = True
+                started.append(prompt)
             budget -= self._take_chunk(prompt, budget, chunks)
+        self._num_computed += self.limits.max_num_batched_tokens - budget
         return chunks, started
 
     def ship(self, prompt: Prompt) -> None:

@@ -39,27 +39,50 @@ def decide(scheduler: PrefillScheduler) -> list[tuple[int, int, int]]:
     return plan
 
 
-def test_prompts_share_the_budget_in_order() -> None:
+def test_prompts_share_the_budget_shortest_first() -> None:
     scheduler = make(32, max_num_batched_tokens=64)
     for request, length in ((1, 100), (2, 20), (3, 50)):
         scheduler.add(prompt(request, length))
     assert scheduler.prefill_tokens == 170
-    assert decide(scheduler) == [(1, 0, 64)]
-    assert decide(scheduler) == [(1, 64, 36), (2, 0, 20), (3, 0, 8)]
-    assert decide(scheduler) == [(3, 8, 42)]
+    assert decide(scheduler) == [(2, 0, 20), (3, 0, 32), (1, 0, 12)]
+    assert decide(scheduler) == [(3, 32, 18), (1, 12, 36)]
+    assert decide(scheduler) == [(1, 48, 52)]
     assert decide(scheduler) == []
     assert scheduler.blocks.ledger().cached == 6 + 1 + 3
 
 
+def test_a_short_prompt_overtakes_a_long_one_that_runs() -> None:
+    scheduler = make(32, max_num_batched_tokens=32)
+    scheduler.add(prompt(1, 200))
+    assert decide(scheduler) == [(1, 0, 32)]
+    scheduler.add(prompt(2, 30))
+    assert decide(scheduler) == [(2, 0, 30), (1, 32, 2)]
+    assert decide(scheduler) == [(1, 34, 30)]
+
+
+def test_who_waits_ages() -> None:
+    """96 tokens wait for 64 tokens of later prompts; the third one has the same turn, and waits."""
+    scheduler = make(64, max_num_batched_tokens=32)
+    scheduler.add(prompt(1, 96))
+    served = []
+    for request in range(2, 8):
+        scheduler.add(prompt(request, 32))
+        served += [request for request, _, _ in decide(scheduler)]
+    assert served == [2, 3, 1, 1, 1, 4]
+
+
 def test_all_blocks_or_nothing_and_no_overtaking_for_blocks() -> None:
-    scheduler = make(6, max_num_batched_tokens=48)
-    for request, length in ((1, 60), (2, 40), (3, 10)):
-        scheduler.add(prompt(request, length))
-    assert decide(scheduler) == [(1, 0, 48)]
+    scheduler = make(6, max_num_batched_tokens=16)
+    scheduler.add(prompt(1, 60))
+    assert decide(scheduler) == [(1, 0, 16)]
     assert scheduler.blocks.ledger().in_use == 4
-    # 2 needs 3 blocks and there are 2; 3 would fit, but waits behind it.
+    scheduler.add(prompt(2, 40))
+    assert [decide(scheduler) for _ in range(2)] == [[(1, 16, 16)], [(1, 32, 16)]]
+    scheduler.add(prompt(3, 10))
+    # 2 needs 3 blocks and there are 2; 3 would fit, but waits behind it: 2 has waited longer.
     assert decide(scheduler) == [(1, 48, 12)]
-    assert decide(scheduler) == [(2, 0, 40), (3, 0, 8)]
+    assert decide(scheduler) == [(2, 0, 16)]
+    assert [decide(scheduler) for _ in range(2)] == [[(2, 16, 16)], [(2, 32, 8), (3, 0, 8)]]
 
 
 def test_cached_prefix_is_taken_when_the_prompt_starts() -> None:
@@ -68,7 +91,7 @@ def test_cached_prefix_is_taken_when_the_prompt_starts() -> None:
     assert decide(scheduler) == [(1, 0, 40)]
     scheduler.add(prompt(2, 64, first=7))
     scheduler.add(prompt(3, 32, first=7))
-    assert decide(scheduler) == [(2, 32, 32), (3, 16, 16)]
+    assert decide(scheduler) == [(3, 16, 16), (2, 32, 32)]
 
 
 def test_at_most_max_num_seqs_at_a_time() -> None:
