@@ -9,10 +9,11 @@ simulator with its own. Costs are predicted seconds, from the cost model of each
 
 `compute` counts `WORK` times: once for this prompt, and for those that will wait behind it. The
 wait is the longer of the worker's queue and of a prefix's way from another worker that holds it.
-A decode worker may prefill itself, beside its residents, if their steps stay within their limit.
+A decode worker may prefill itself, beside its residents, if their steps stay within their limit
+and no seat is wanting; their steps, which it makes anyway, count once.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Final, TypeVar
@@ -35,8 +36,9 @@ class Weights:
 
     work: float = 4.0
     """A second of compute: this prompt's, and that of those who come to wait behind it."""
-    hold: float = 0.1
-    """A second that it took to compute what a cache evicts to take in a copy."""
+    hold: float = 1.0
+    """A second that it took to compute what a cache evicts to take in what it lacks. Where caches
+    are scarce and most prompts come back, this is what keeps a session in one place."""
     decode: float = 64.0
     """A second that one more read of a decode worker's KV takes: steps that it is felt in."""
     local: float = 0.8
@@ -169,53 +171,54 @@ def place(
 
 
 def _remote(view: View, worker: Candidate, owner: str | None, weights: Weights) -> _Plan:
-    cost = worker.cost
-    return _better(view, worker, owner, weights, cost.prefill, worker.wait_s)
+    return _better(view, worker, owner, weights, 0.0)
 
 
 def _local(view: View, decode: Candidate, owner: str | None, weights: Weights) -> _Plan:
     """The decode worker computes a chunk in each of its steps."""
     cost = decode.cost
     step = cost.step(decode.num_seqs, decode.kv_tokens) if decode.num_seqs else 0.0
-
-    def seconds(new: int, cached: int) -> float:
-        return cost.prefill(new, cached) + step * -(-new // decode.chunk_tokens)
-
-    return _better(view, decode, owner, weights, seconds, decode.wait_s)
+    return _better(view, decode, owner, weights, step)
 
 
 def _better(
-    view: View,
-    worker: Candidate,
-    owner: str | None,
-    weights: Weights,
-    seconds: Callable[[int, int], float],
-    wait: float,
+    view: View, worker: Candidate, owner: str | None, weights: Weights, step: float
 ) -> _Plan:
-    """The better of computing all that the worker lacks and of fetching a part of it first."""
-    total = view.num_tokens
-    here = hit = min(view.hits.get(worker.id, 0), total - 1)
-    work = seconds(total - hit, hit)
-    score, ttft, fetch = wait + weights.work * work, wait + work, None
+    """The better of computing all that the worker lacks and of fetching a part of it first.
+
+    `step`: seconds of its residents' steps, one for each chunk. Only this prompt waits for them:
+    the worker makes them anyway.
+    """
+    cost, wait, total = worker.cost, worker.wait_s, view.num_tokens
+
+    def after(ready: float, new: int) -> tuple[float, float]:
+        """Score and TTFT."""
+        compute = cost.prefill(new, total - new)
+        ready += step * -(-new // worker.chunk_tokens) if step else 0.0
+        return ready + weights.work * compute, ready + compute
+
+    here = min(view.hits.get(worker.id, 0), total - 1)
+    new, fetch = total - here, None
+    score, ttft = after(wait, new)
     if owner is not None and owner != worker.id and worker.fetch_s is not None:
         held = min(view.held[owner], total - 1)
-        if held > hit:
-            ready = max(wait, (held - hit) * worker.fetch_s)
-            less = seconds(total - held, held)
-            fetched = ready + weights.work * less
-            if fetched < score:
-                score, ttft, fetch, hit = fetched, ready + less, owner, held
-    score += weights.hold * (total - here) * worker.cost.token_s
-    return _Plan(score, _load(worker), worker, total - hit, fetch, ttft)
+        if held > here:
+            fetched = after(max(wait, (held - here) * worker.fetch_s), total - held)
+            if fetched[0] < score:
+                (score, ttft), new, fetch = fetched, total - held, owner
+    score += weights.hold * (total - here) * cost.token_s
+    return _Plan(score, _load(worker), worker, new, fetch, ttft)
 
 
 def _may_prefill(view: View, decode: Candidate, weights: Weights) -> bool:
-    """The residents' steps bear a prefill beside them."""
+    """The residents' steps bear a prefill beside them, and nobody waits for a seat."""
     if view.itl_s is None:
         return False
     uncached = _uncached(view, decode)
     if view.hits.get(decode.id, 0) and uncached <= LOCAL_TOKENS:
         return True
+    if decode.num_seqs + view.num_choices > decode.max_num_seqs:
+        return False
     chunk = min(uncached, decode.chunk_tokens)
     cost = decode.cost
     longest = cost.step(decode.num_seqs + 1, decode.kv_tokens + view.num_tokens) + chunk * (

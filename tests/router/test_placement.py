@@ -49,7 +49,7 @@ def test_least_queued_prefill_and_least_filled_decode() -> None:
     assert go(view(), *workers) == Placement("p1", "d1", 1000)
 
 
-@pytest.mark.parametrize(("queue", "chosen"), [(3000, "p0"), (3500, "p1")])
+@pytest.mark.parametrize(("queue", "chosen"), [(3900, "p0"), (4300, "p1")])
 def test_prefix_hit_on_prefill_is_worth_its_work_and_that_of_those_behind(
     queue: int, chosen: str
 ) -> None:
@@ -185,8 +185,11 @@ def test_a_decode_worker_prefills_when_the_others_are_busy_and_its_steps_bear_it
     assert placed == Placement(None, "d0", 1000)
     assert placed is not None and placed.ttft_s == pytest.approx(1.04)
     assert go(view(itl_s=0.3), *workers) == Placement("p0", "d0", 1000)
+    # Its seats are taken: what it computes keeps those who wait for one from it.
+    full = measured("d0", num_seqs=8, chunk_tokens=250)
+    assert go(view(itl_s=0.5), workers[0], full) == Placement("p0", "d0", 1000)
     assert go(view(), *workers) == Placement("p0", "d0", 1000)
-    idle = measured("p0", queue_s=0.1)
+    idle = measured("p0", queue_s=0.03)
     assert go(view(itl_s=0.5), idle, workers[1]) == Placement("p0", "d0", 1000)
 
 
