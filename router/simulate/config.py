@@ -15,7 +15,7 @@ class SimulateConfig:
         None, "Mooncake-format trace (jsonl or jsonl.gz), or synthetic[:name=value,...]"
     )
     part: str = flag("0:1", "which part of the trace is served, such as 0.5:1 for its second half")
-    prefill: int = flag(8, "prefill workers")
+    prefill: int = flag(8, "prefill workers; 0: the decode workers prefill all")
     decode: int = flag(4, "decode workers")
     policy: str = flag(
         "tandem", f"rules of placement, separated by commas, or all: {', '.join(POLICIES)}"
@@ -37,14 +37,15 @@ class SimulateConfig:
     progress: bool = flag(True, "progress bar on a terminal")
 
     def __post_init__(self) -> None:
-        if self.prefill < 1 or self.decode < 1:
-            raise ConfigError("--prefill and --decode must be at least 1")
+        if self.prefill < 0 or self.decode < 1:
+            raise ConfigError("--prefill must not be negative, and --decode at least 1")
         if not self.rate_scale > 0:
             raise ConfigError("--rate-scale must be positive")
         if not self.staleness_s >= 0:
             raise ConfigError("--staleness-s must not be negative")
         self.bounds()
-        self.policies()
+        if "pooled" in self.policies() and not self.prefill:
+            raise ConfigError("--policy pooled needs --prefill workers")
 
     def bounds(self) -> tuple[float, float]:
         """Where the part of the trace begins and ends, from 0 to 1. Raises ConfigError."""

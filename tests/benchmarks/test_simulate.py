@@ -22,23 +22,24 @@ def write(directory: Path) -> None:
     (directory / "mooncake_conversation_part.jsonl").write_text(text)
 
 
-def test_points_are_added_to_those_that_are_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(simulate, "POLICIES", ("tandem", "conductor", "sticky"))
+def test_points_and_seeds_are_added_to_those_that_are_kept(tmp_path: Path) -> None:
     write(tmp_path)
     out = tmp_path / "results" / "simulate.json"
     arguments = ["--traces", str(tmp_path), "--json", str(out), "--tolerance", "0.5"]
+    arguments += ["--rivals", "conductor", "sticky"]
     assert simulate.main([*arguments, "--points", "conversation:1"]) == 0
     first = json.loads(out.read_text())["points"][0]
     assert first["prefill"] == first["decode"] == 1 and first["part"] == [0.5, 1.0]
     assert set(first["policies"]) == {"tandem", "conductor", "sticky"}
     assert all(p["g90"] >= p["g99"] for p in first["policies"].values())
-    assert simulate.main([*arguments, "--points", "conversation:1", "conversation:2"]) == 0
+    more = ["--points", "conversation:1", "conversation:2", "--seeds", "0", "1"]
+    assert simulate.main([*arguments, *more]) == 0
     kept = json.loads(out.read_text())
     assert kept["points"][0] == first
-    assert [point["prefill"] for point in kept["points"]] == [1, 2]
-    assert kept["geometric_mean"] == simulate.mean(kept["points"])
+    points = [(point["prefill"], point["seed"]) for point in kept["points"]]
+    assert points == [(1, 0), (1, 1), (2, 0), (2, 1)]
+    assert [(row["prefill"], row["seeds"]) for row in kept["summary"]] == [(1, 2), (2, 2)]
+    assert kept["geometric_mean"] == simulate.mean(kept["summary"])
 
 
 def test_ratios_are_to_the_best_of_the_others_in_each() -> None:
@@ -46,3 +47,16 @@ def test_ratios_are_to_the_best_of_the_others_in_each() -> None:
     ratios = simulate.ratios(values)
     assert ratios == {"g90_ratio": 1.2, "g99_ratio": 0.9, "ttft_p99_ratio": 0.5}
     assert simulate.mean([ratios, ratios]) == pytest.approx(ratios)
+
+
+def test_where_nobody_serves_99_percent_there_is_no_ratio() -> None:
+    ratios = simulate.ratios({"tandem": (12.0, 0.0, 2.0), "a": (10.0, 0.0, 5.0)})
+    assert ratios == {"g90_ratio": 1.2, "g99_ratio": None, "ttft_p99_ratio": 2.5}
+    assert simulate.mean([ratios])["g99_ratio"] is None
+
+
+def test_a_summary_is_the_median_over_seeds() -> None:
+    key = {"trace": "conversation", "part": [0.0, 1.0], "prefill": 8}
+    values = [dict.fromkeys(simulate.RATIOS, value) for value in (1.0, 3.0, 1.5)]
+    (row,) = simulate.medians([key | value for value in values])
+    assert row == key | {"seeds": 3} | dict.fromkeys(simulate.RATIOS, 1.5)

@@ -36,11 +36,21 @@ def test_several_policies_searched(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(result["requests"] == 40 for result in results)
 
 
+def test_without_prefill_workers_the_others_prefill_all(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main([*ARGUMENTS, "--prefill", "0", "--policy", "tandem,sticky", "--json", "-"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert [(result["local"], result["attainment"]) for result in results] == [(1.0, 1.0)] * 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--policy", "best"], "--policy: 'best' is none of tandem, random"),
-        (["--prefill", "0"], "must be at least 1"),
+        (["--prefill", "-1"], "--prefill must not be negative"),
+        (["--decode", "0"], "--decode at least 1"),
+        (["--prefill", "0", "--policy", "pooled"], "--policy pooled needs --prefill"),
         (["--rate-scale", "0"], "--rate-scale must be positive"),
         (["--part", "1:0"], "--part: '1:0' is no part"),
         (["--trace", "none.jsonl"], "none.jsonl"),
