@@ -1,8 +1,9 @@
 """How fast KV blocks move between two processes: `python -m benchmarks.transfer [--json FILE]`.
 
 All ways are measured in turns on the same pools with warm pages, in one run: `memcpy` (one thread,
-one process) and `raw_tcp` (blocking sockets, no protocol) are the bounds; `shm`, `tcp`, `zmq` and
-`zmq_ipc` are whole transfers of two endpoints from Open to Delivered. Then come the rivals that
+one process) and `raw_tcp` (blocking sockets, no protocol) are the bounds; `shm`, `tcp`, `zmq`,
+`zmq_ipc` and, where ucxx is installed, `ucx_tcp` and `ucx_sm` are whole transfers of two endpoints
+from Open to Delivered. Then come the rivals that
 are installed (`benchmarks.transfer_rivals`), and what the targets say.
 
 gbps: with up to 4 transfers in flight, median over the turns. us_p50: of one transfer alone.
@@ -42,6 +43,8 @@ TARGETS: Final = (
     ("tcp", "mooncake", 1.15),
     ("zmq", "raw_tcp", 1.1 / 2.6),
     ("zmq_ipc", "raw_tcp", 1.6 / 2.6),
+    ("ucx_tcp", "nixl_tcp", 1.0),
+    ("ucx_sm", "nixl", 1.0),
 )
 """(way, bound, least ratio of their gbps)."""
 
@@ -92,10 +95,10 @@ async def measure_blocks(
                 await way.one(blocks)
                 taken.alone.append(time.perf_counter() - started)
                 count += 1
-            cpu_s, started = time.process_time() + peer.cpu_s(), time.perf_counter()
+            cpu_s, started = peer.cpu_s(), time.perf_counter()
             moved = await way.many(blocks, seconds / turns) * gigabytes
             taken.gbps.append(moved / (time.perf_counter() - started))
-            taken.cpu_s += time.process_time() + peer.cpu_s() - cpu_s
+            taken.cpu_s += peer.cpu_s() - cpu_s
             taken.gigabytes += moved
     return [
         Row(

@@ -15,12 +15,16 @@ from typing import Final
 from common.config import TimerConfig
 from common.kv.shared import SharedBlocks
 from common.messages import KvLayoutInfo
+from kvtransfer import ucx_messages
 from kvtransfer.commands import Grant, Slot, Wanted
 from kvtransfer.endpoint import Endpoint, TransferEvent
 from kvtransfer.identity import EndpointIdentity
+from kvtransfer.ucx_transport import is_installed
 
 IN_FLIGHT: Final = 4
-WAYS: Final = ("raw_tcp", "shm", "tcp", "zmq", "zmq_ipc")
+UCX_WAYS: Final = {"ucx_tcp": "net", "ucx_sm": "sm"}
+"""Which door of the receiver's helper is used."""
+WAYS: Final = ("raw_tcp", "shm", "tcp", "zmq", "zmq_ipc", *(UCX_WAYS if is_installed() else ()))
 """All but `raw_tcp` have an endpoint each."""
 TIMERS: Final = TimerConfig(heartbeat_s=5.0, lease_s=30.0, stall_s=20.0)
 CONTENT_ID: Final = "benchmark"
@@ -69,7 +73,8 @@ def groups_of(num_blocks: int, blocks: int) -> int:
 
 
 class WayEndpoint(Endpoint):
-    """An endpoint for one way; of `zmq_ipc` the data go over a Unix socket."""
+    """An endpoint for one way; of `zmq_ipc` the data go over a Unix socket, of `ucx_tcp` and
+    `ucx_sm` over what UCX is told to use."""
 
     def __init__(
         self, way: str, identity: EndpointIdentity, pool: Pool, events: EventQueue
@@ -81,6 +86,13 @@ class WayEndpoint(Endpoint):
         if self._way == "zmq_ipc":
             return f"ipc://@tandem-benchmark-{secrets.token_hex(8)}"
         return super()._data_address(transport)
+
+    async def _listen(self, name: str) -> None:
+        await super()._listen(name)
+        if self._way in UCX_WAYS:
+            doors = ucx_messages.doors_of(self._receiver.data[name])
+            kept = [door for door in doors if door.way.startswith(UCX_WAYS[self._way])]
+            self._receiver.data[name] = ucx_messages.address_of(kept)
 
 
 async def receive(way: str, pool: Pool) -> None:

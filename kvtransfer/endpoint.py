@@ -26,6 +26,7 @@ from common.curve import Caller, CurveKeys, Gate
 from common.errors import ConfigError, ProtocolError
 from common.messages import Peer
 from kvtransfer import protocol
+from kvtransfer.accepting import RETRY_S
 from kvtransfer.channel import Channel, cancel
 from kvtransfer.commands import (
     ReceiverCommand,
@@ -100,7 +101,7 @@ class Endpoint:
         self._receiver = Receiver(identity, memory.block_bytes, self._timers, self._stats, random)
         self._sender.transports = self._transports
         self._intake = Intake(self._receiver, memory, self._stats)
-        self._listeners: list[Listener] = []
+        self._listeners: dict[str, Listener] = {}
         self._channels: dict[Peer, Channel] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._readers: set[asyncio.Task[None]] = set()
@@ -123,20 +124,24 @@ class Endpoint:
             self._keys.listen(self._control)
         try:
             self._control.bind(f"tcp://{self._host}:*")
-            layout = self._receiver.identity.layout
             for name in self._transports:
-                address = self._data_address(name)
-                listener = await listen(
-                    name, self._context, address, self._memory, self._keys, layout
-                )
-                self._listeners.append(listener)
-                self._receiver.data[name] = listener.address
+                try:
+                    await self._listen(name)
+                except ConfigError as error:
+                    if len(self._transports) == 1:
+                        raise
+                    log.warning("%s", error)
+            self._transports = tuple(self._listeners)
+            self._sender.transports = self._transports
+        except ConfigError:
+            await self.close()
+            raise
         except (OSError, zmq.ZMQError) as error:
             await self.close()
             raise ConfigError(f"cannot bind a port of {self._host}: {error}") from error
         self.address = self._control.getsockopt_string(zmq.LAST_ENDPOINT)
         self._sender.address = self.address
-        loops = [self._read_control(), self._tick(), *map(self._accept, self._listeners)]
+        loops = [self._read_control(), self._tick(), *map(self._accept, self._transports)]
         self._tasks = [self._start(loop) for loop in loops]
 
     async def failed(self) -> None:
@@ -147,7 +152,7 @@ class Endpoint:
         """Close all sockets. What is still live is not reported: drain or reset before."""
         self._is_closing = True
         await cancel([*self._tasks, *self._readers])
-        for listener in self._listeners:
+        for listener in self._listeners.values():
             listener.close()
         self._intake.close()
         for peer in list(self._channels):
@@ -228,13 +233,39 @@ class Endpoint:
             self._receiver.message(frames[0], message, time.monotonic())
             self._flush()
 
-    async def _accept(self, listener: Listener) -> None:
+    async def _listen(self, name: str) -> None:
+        """Let data come in over this transport, and tell senders where. Raises OSError,
+        zmq.ZMQError, ConfigError."""
+        address = self._data_address(name)
+        layout = self._receiver.identity.layout
+        listener = await listen(name, self._context, address, self._memory, self._keys, layout)
+        self._listeners[name] = listener
+        self._receiver.data[name] = listener.address
+
+    async def _accept(self, name: str) -> None:
         while True:
-            stream = await listener.accept()
+            try:
+                stream = await self._listeners[name].accept()
+            except ConnectionResetError as error:
+                log.error("data over %s: %s; starting again", name, error)
+                await self._listen_again(name)
+                continue
             if self._intake.add(stream):
                 reader = self._start(self._read_data(stream))
                 self._readers.add(reader)
                 reader.add_done_callback(self._readers.discard)
+
+    async def _listen_again(self, name: str) -> None:
+        """After the loss of a listener; senders are told the new address."""
+        self._listeners.pop(name).close()
+        while name not in self._listeners:
+            try:
+                await self._listen(name)
+            except (OSError, ConfigError) as error:
+                log.error("cannot listen over %s: %s", name, error)
+                await asyncio.sleep(RETRY_S)
+        self._receiver.announce()
+        self._flush()
 
     async def _read_data(self, stream: Stream) -> None:
         async for _ in self._intake.read(stream):
@@ -262,12 +293,13 @@ class Endpoint:
                 self._sender.disconnected(peer, time.monotonic())
             self._flush()
 
-    async def _carry(self, peer: Peer, channel: Channel, addresses: dict[str, str]) -> None:
+    async def _carry(self, peer: Peer, channel: Channel) -> None:
         """Keep a data connection to this receiver up as long as there is a link to it."""
-        names = [name for name in self._transports if name in addresses]
         connect_s = self._timers.connect_s
         down_since = time.monotonic()
-        while True:
+        while (link := self._sender.links.get(peer)) is not None:
+            addresses = link.data
+            names = [name for name in self._transports if name in addresses]
             outlet, failures = await connect(
                 names,
                 addresses,
@@ -276,6 +308,7 @@ class Endpoint:
                 self._sender.identity.layout.block_size,
                 connect_s,
                 channel.caller,
+                self._listeners,
             )
             now = time.monotonic()
             if outlet is not None:
@@ -367,7 +400,7 @@ class Endpoint:
                 channel = self._channels.get(peer) or self._open(peer)
                 if link.up and not channel.has_carrier:
                     channel.has_carrier = True
-                    channel.tasks.append(self._start(self._carry(peer, channel, link.data)))
+                    channel.tasks.append(self._start(self._carry(peer, channel)))
             except (zmq.ZMQError, ConfigError) as error:
                 self._sender.lost(peer, f"{peer.address}: {error}", time.monotonic())
                 self._flush()

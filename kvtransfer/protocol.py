@@ -106,6 +106,8 @@ class Fetch(msgspec.Struct, frozen=True, tag="fetch"):
 
 
 class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag="welcome"):
+    """Answers a Hello; comes again when the data addresses have changed."""
+
     id: str
     epoch: int
     window: int

@@ -127,6 +127,11 @@ class Receiver:
         """An answer could not be sent: the connection of this route is closed."""
         self._sources.unreachable(route, now)
 
+    def announce(self) -> None:
+        """The data addresses have changed: tell every sender."""
+        for source in self._sources:
+            self.outbox.append((source.route, self._welcome(dict(self.data))))
+
     def message(self, route: bytes, message: p.ToReceiver, now: float) -> None:
         if isinstance(message, p.Hello):
             self._hello(route, message, now)
@@ -176,14 +181,7 @@ class Receiver:
             # Who is forgotten is asked to say Hello when it speaks again.
             self._lose(self._sources.oldest(), "peer", "gone", now)
         self._sources.greet(hello.source, route, now)
-        welcome = p.Welcome(
-            id=self.identity.id,
-            epoch=self.identity.epoch,
-            window=self._window(),
-            wire=self._wire,
-            data=data,
-        )
-        self.outbox.append((route, welcome))
+        self.outbox.append((route, self._welcome(data)))
 
     def _begin(self, source: Source, begin: p.Begin, now: float) -> None:
         if begin.destination_epoch != self.identity.epoch:
@@ -344,6 +342,15 @@ class Receiver:
         """Bytes that each sender may have under way, so that all together stay bounded."""
         senders = sum(1 for source in self._sources if source.transfers)
         return min(p.WINDOW_BYTES, p.WORKER_WINDOW_BYTES // max(1, senders))
+
+    def _welcome(self, data: dict[str, str]) -> p.Welcome:
+        return p.Welcome(
+            id=self.identity.id,
+            epoch=self.identity.epoch,
+            window=self._window(),
+            wire=self._wire,
+            data=data,
+        )
 
     def _is_taken(self, key: Key) -> bool:
         return key in self._keys or self._ended_keys.get(key) is not None

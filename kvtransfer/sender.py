@@ -250,6 +250,8 @@ class Sender:
 
     def _welcome(self, link: OutgoingLink, message: p.Welcome, now: float) -> None:
         if link.up:
+            if (message.id, message.epoch) == (link.peer.id, link.peer.epoch):
+                link.data = message.data  # where data go has changed, for the next connection
             return
         objection = link.welcome(message, self.identity.layout, self._memory.block_bytes)
         if objection:

@@ -1,4 +1,4 @@
-"""What a data transport does for an endpoint: `kvtransfer.{shm,tcp,zmq}_transport` implement it.
+"""What a data transport does for an endpoint; implemented in `kvtransfer.*_transport`.
 
 A transport moves headers and bytes and judges nothing: the receiver checks every header before a
 byte is written to a slot, and the digests after. Headers of one outlet come in order, with their

@@ -6,6 +6,8 @@ import pytest
 
 from benchmarks import transfer
 from benchmarks.transfer import Row
+from benchmarks.transfer_peer import UCX_WAYS
+from kvtransfer.ucx_transport import is_installed
 
 
 async def test_every_way_gives_a_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -20,6 +22,7 @@ async def test_every_way_gives_a_row(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         ("tcp", True),
         ("zmq", True),
         ("zmq_ipc", True),
+        *((way, True) for way in UCX_WAYS if is_installed()),
     ]
     for row in rows:
         assert (row.layout, row.blocks, row.block_bytes) == ("tiny", 3, 4096)

@@ -1,18 +1,22 @@
 """A hand-made sender that speaks the protocol over plain sockets, also wrongly."""
 
+import asyncio
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import zmq
 import zmq.asyncio
 
 from common.kv.shared import SharedBlocks
 from kvtransfer import protocol
+from kvtransfer import ucx_messages as m
 from kvtransfer.commands import First, Key, Wanted
 from kvtransfer.memory import digest
 from kvtransfer.tcp_transport import PREFIX, split_address
+from kvtransfer.ucx_transport import UcxListener, UcxOutlet
 from tests.kvtransfer.node import FIRST, Node
 from tests.kvtransfer.pool import BLOCK_SIZE, WIRE, identity
 
@@ -86,10 +90,61 @@ class RawShm:
         self.socket.close()
 
 
-RAW: dict[str, type[RawZmq] | type[RawTcp] | type[RawShm]] = {
+class RawUcx:
+    """Its helper is the real one; what it is told is not."""
+
+    def __init__(self) -> None:
+        self.shared = SharedBlocks(8, 64)
+        self.loop = asyncio.new_event_loop()
+        self.listener: UcxListener | None = None
+        self.outlet: UcxOutlet | None = None
+
+    def connect(self, address: str) -> None:
+        self._run(self._connect(address))
+
+    async def _connect(self, address: str) -> None:
+        self.block_bytes = 64
+        self.listener = await UcxListener.listen("127.0.0.1", self)
+        self.outlet = await self.listener.connect(address, self)
+
+    def ship(self, header: protocol.DataHeader, frames: Sequence[bytes]) -> None:
+        """Frames of any sizes, as one message."""
+        assert self.listener is not None and self.outlet is not None
+        body = b"".join(frames)
+        self.shared.blocks[: len(body)] = body
+        runs = ((0, len(body)),) if body else ()
+        self.listener.tell(m.Ship(0, protocol.encode(header), runs))
+        # The next message may use the pool when this one was read.
+        self._run(self._shipped(self.outlet))
+
+    async def _shipped(self, outlet: "UcxOutlet") -> None:
+        await outlet.changed()
+
+    def close(self) -> None:
+        if self.listener is not None:
+            self._run(self._close(self.listener))
+        self.loop.close()
+
+    async def _close(self, listener: "UcxListener") -> None:
+        listener.close()
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        """In a loop of its own, in a thread of its own: the test runs in another one."""
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(self.loop.run_until_complete, work).result()
+
+    def slab(self, block: int) -> memoryview:
+        return self.run(block, 1)
+
+    def run(self, block: int, count: int) -> memoryview:
+        return self.shared.blocks[block * 64 : (block + count) * 64]
+
+
+RAW: dict[str, type[RawZmq] | type[RawTcp] | type[RawShm] | type[RawUcx]] = {
     "zmq": RawZmq,
     "tcp": RawTcp,
     "shm": RawShm,
+    "ucx": RawUcx,
 }
 
 
@@ -118,7 +173,7 @@ class RawSender:
     async def greet(self) -> protocol.Welcome:
         await self.send(self.me.hello("tcp://127.0.0.1:1", (self.transport,)))
         welcome = await self.receive(protocol.Welcome)
-        self.data.connect(welcome.data[self.transport])
+        await asyncio.to_thread(self.data.connect, welcome.data[self.transport])
         return welcome
 
     def begin(self, key: Key, transfer: int, num_tokens: int, round: int = 0) -> protocol.Begin:

@@ -14,7 +14,8 @@ from kvtransfer.commands import Arrived, Broken, Delivered, Key, Returned, Revok
 from kvtransfer.outgoing import Shipment
 from kvtransfer.tcp_transport import PREFIX, TcpOutlet
 from kvtransfer.transports import ORDER, offered
-from tests.kvtransfer.node import FIRST, Node, running
+from tests.kvtransfer.conftest import UCX
+from tests.kvtransfer.node import FIRST, PATIENT, Node, running
 from tests.kvtransfer.pool import BLOCK_SIZE, WIRE, BytePool
 from tests.kvtransfer.raw_sender import RawShm, RawTcp, raw_sender
 
@@ -46,10 +47,12 @@ async def ship(p: Node, d: Node, key: Key, num_blocks: int = 3) -> None:
         ("zmq", "auto", "zmq"),
         ("auto", "zmq", "zmq"),
         ("shm", "auto", "shm"),
+        pytest.param("ucx", "ucx", "ucx", marks=UCX.marks),
     ],
 )
 async def test_the_pair_uses_the_first_that_both_offer(here: str, there: str, used: str) -> None:
-    p, d = Node("p", 1, transport=here), Node("d", 2, transport=there)
+    p = Node("p", 1, transport=here, timers=PATIENT)
+    d = Node("d", 2, transport=there, timers=PATIENT)
     async with running(p, d):
         await ship(p, d, KEY)
         assert p.endpoint.stats().bytes_sent_over == {used: 3 * 64}
@@ -71,7 +74,7 @@ async def test_falls_back_to_what_can_be_reached(address: str) -> None:
 @pytest.mark.parametrize(
     ("transport", "address"),
     [("shm", "unix:@tandem-kv-nobody"), ("tcp", "tcp://127.0.0.1:1"), ("tcp", "nonsense"),
-     ("zmq", "nonsense")],
+     ("zmq", "nonsense"), pytest.param("ucx", "nonsense", marks=UCX.marks)],
 )  # fmt: skip
 async def test_a_forced_transport_that_cannot_connect(transport: str, address: str) -> None:
     p, d = Node("p", 1, transport=transport), Node("d", 2)
@@ -96,8 +99,6 @@ async def test_no_common_transport() -> None:
 def test_what_cannot_be_offered() -> None:
     pool = BytePool(1)
     assert offered("auto", pool) == ORDER == ("shm", "tcp", "zmq")
-    with pytest.raises(ConfigError, match="--transport ucx cannot be used here, but shm, tcp, zmq"):
-        offered("ucx", pool)
     pool.shared = None
     assert offered("auto", pool) == ("tcp", "zmq")
     with pytest.raises(ConfigError, match="--transport shm cannot be used here, but tcp, zmq"):
@@ -279,7 +280,7 @@ def holdings() -> tuple[int, int]:
 
 async def test_nothing_is_left_behind(transport: str) -> None:
     async def scene(epoch: int) -> None:
-        p, d = Node("p", epoch), Node("d", epoch + 1)
+        p, d = Node("p", epoch, timers=PATIENT), Node("d", epoch + 1, timers=PATIENT)
         async with running(p, d):
             await ship(p, d, KEY)
             p.open(Key(8, 1), d.peer, 32)
