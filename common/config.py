@@ -169,6 +169,9 @@ class HttpConfig(ExposureConfig):
     api_keys: str | None = flag(
         None, "file with hashed keys of tenants, a line `TENANT SHA256` each; read anew on change"
     )
+    api_keys_in_redis: bool = flag(
+        False, "take hashed keys of tenants from Redis too: the hash tandem:NAMESPACE:api-keys"
+    )
     allowed_origins: str | None = flag(
         None,
         "origins whose pages may use the API from a browser, with commas between or as a "
@@ -197,6 +200,7 @@ class HttpConfig(ExposureConfig):
     max_body_bytes: int = flag(16 << 20, "largest request body")
     max_header_bytes: int = flag(32 << 10, "largest request line and headers of one request")
     max_json_depth: int = flag(64, "deepest nesting of a request body")
+    max_upload_s: int = flag(60, "seconds that a request body may take to arrive")
     max_resumes: int = flag(3, "failures of workers that one request survives")
     slo_ttft: str | None = flag(
         None, "limit of the first token, such as 500ms or 2s+1.5x (a time, and times the prefill "
@@ -225,7 +229,7 @@ class HttpConfig(ExposureConfig):
             raise ConfigError("--allow-credentials needs --allowed-origins that are named")
         if self.api_key is not None and self.api_key.strip() != (self.api_key or " "):
             raise ConfigError("--api-key must not be empty, nor begin or end with a blank")
-        has_keys = self.api_key is not None or self.api_keys is not None
+        has_keys = bool(self.api_key or self.api_keys or self.api_keys_in_redis)
         if not is_loopback(self.host) and not has_keys and not self.insecure:
             raise ConfigError(
                 f"--host {self.host} can be reached by other machines: set --api-key, or serve "

@@ -3,6 +3,7 @@
     tandem:{ns}:workers              set of worker ids
     tandem:{ns}:worker:{id}          hash with TTL, one JSON value per field of WorkerInfo
     tandem:{ns}:blocks:{id}@{epoch}  msgpack Snapshot, TTL 60 s
+    tandem:{ns}:api-keys             hash, SHA-256 of a key -> tenant; written by operators
     tandem:{ns}:events               stream; field `e` of each entry is a msgpack Event
 
 Workers write (`common.registry`), routers read (`router.directory`). A worker numbers its
@@ -40,6 +41,10 @@ class Keys:
     @property
     def events(self) -> str:
         return f"tandem:{self.namespace}:events"
+
+    @property
+    def api_keys(self) -> str:
+        return f"tandem:{self.namespace}:api-keys"
 
     def worker(self, id: str) -> str:
         return f"tandem:{self.namespace}:worker:{id}"

@@ -38,8 +38,6 @@ from router.schemas import ChatBody, CompletionBody, parse
 from router.service import Service
 from router.text_api import no_embeddings
 
-UPLOAD_S: Final = 60.0
-"""How long a request body may take to arrive."""
 _LABEL: Final = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 
@@ -58,11 +56,12 @@ class Parts:
 
 
 def create_app(parts: Parts) -> FastAPI:
-    service, intake, caps = parts.service, parts.intake, parts.caps
+    service, intake, caps, usage = parts.service, parts.intake, parts.caps, parts.metrics.usage
     started = int(time.time())
     parts.metrics.vllm.serve(parts.model)
     app = FastAPI(
         title="Tandem",
+        # What limits a tenant's rate comes after the one that finds out whose call it is.
         dependencies=[Depends(authorizer(parts.keys))],
         # These would be routes without the dependency.
         openapi_url=None,
@@ -89,20 +88,19 @@ def create_app(parts: Parts) -> FastAPI:
         call = await intake.completion(
             parse(CompletionBody, data, caps), label_of(request), tenant_of(request)
         )
-        return Reply(call, service)
+        return Reply(call, service, usage)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: HttpRequest) -> Response:
         data = await read_json(request, caps)
         call = await intake.chat(parse(ChatBody, data, caps), label_of(request), tenant_of(request))
-        return Reply(call, service)
+        return Reply(call, service, usage)
 
     @app.post("/v1/responses")
     async def responses(request: HttpRequest) -> Response:
         data = await read_json(request, caps)
-        return Reply(
-            await respond(intake, data, label_of(request), tenant_of(request), caps), service
-        )
+        call = await respond(intake, data, label_of(request), tenant_of(request), caps)
+        return Reply(call, service, usage)
 
     @app.post("/tokenize")
     async def tokenize(request: HttpRequest) -> Response:
@@ -193,7 +191,7 @@ async def read_json(request: HttpRequest, caps: Caps) -> object:
         raise _too_large(max_bytes)
     body = bytearray()
     try:
-        async with asyncio.timeout(UPLOAD_S):
+        async with asyncio.timeout(caps.upload_s):
             async for part in request.stream():
                 body += part
                 if len(body) > max_bytes:

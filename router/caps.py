@@ -25,6 +25,8 @@ class Caps:
     header_bytes: int = 32 << 10
     """Request line, headers and trailers of one request."""
     json_depth: int = 64
+    upload_s: float = 60
+    """How long a body may take to arrive."""
 
     @classmethod
     def of(cls, config: HttpConfig) -> "Caps":

@@ -52,6 +52,8 @@ class Call:
     """What happens to all of them."""
     answer: Answer
     stream: bool
+    tenant: str
+    """Whose usage it is; empty: of no tenant."""
 
 
 class Intake:
@@ -104,7 +106,7 @@ class Intake:
         echo = [self._text(prompt) for prompt in prompts] if body.echo else []
         options = _options(body, body.logprobs)
         answer = CompletionAnswer(self._model, self._token_text, requests, options, echo)
-        return Call(requests, events, answer, bool(body.stream))
+        return Call(requests, events, answer, bool(body.stream), tenant)
 
     async def chat(
         self, body: ChatBody, label: str, tenant: str = "", dialect: Dialect = ChatAnswer
@@ -134,7 +136,7 @@ class Intake:
         requests, events = self._requests(body, [prompt], params, label, body.n or 1, rule, tenant)
         options = _options(body, logprobs)
         answer = dialect(self._model, self._token_text, requests, options, manner)
-        return Call(requests, events, answer, bool(body.stream))
+        return Call(requests, events, answer, bool(body.stream), tenant)
 
     async def _grammar(self, body: SamplingBody, limits: Limits) -> str:
         """What the answer must match; empty: anything. Raises RequestError (400)."""

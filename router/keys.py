@@ -1,4 +1,5 @@
-"""API keys: whose they are. One from the configuration, any number from a file; none is kept.
+"""API keys: whose they are. One from the configuration, any number from a file and from Redis
+(`router.shared_keys`); only their hashes are kept.
 
 The file has one key per line, `TENANT SHA256`, where SHA256 is the key's hash in hex:
 `printf %s KEY | sha256sum`. A tenant may have several keys. Empty lines and lines with `#` first
@@ -17,16 +18,23 @@ from typing import Final
 from common.errors import ConfigError
 
 RELOAD_S: Final = 1.0
-_LINE: Final = re.compile(r"([A-Za-z0-9._-]{1,64})\s+([0-9a-fA-F]{64})")
+_TENANT: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_DIGEST: Final = re.compile(r"[0-9a-fA-F]{64}")
 log = logging.getLogger(__name__)
 
-Entries = tuple[tuple[bytes, str], ...]
+Entry = tuple[bytes, str]
 """(hash, tenant)"""
+Entries = tuple[Entry, ...]
 
 
 class Keys:
-    def __init__(self, api_key: str | None = None, path: Path | None = None) -> None:
-        """api_key: of no tenant. Raises ConfigError, in one line."""
+    def __init__(
+        self, api_key: str | None = None, path: Path | None = None, *, are_shared: bool = False
+    ) -> None:
+        """api_key: of no tenant. are_shared: there are keys in Redis too, which
+        `router.shared_keys` brings. Raises ConfigError, in one line."""
+        self.shared: Entries = ()
+        self._are_shared = are_shared
         self._own: Entries = ()
         if api_key is not None:
             self._own = ((sha256(api_key.encode()).digest(), ""),)
@@ -40,7 +48,7 @@ class Keys:
 
     @property
     def are_asked_for(self) -> bool:
-        return bool(self._own) or self._path is not None
+        return bool(self._own) or self._path is not None or self._are_shared
 
     def tenant(self, given: bytes) -> str | None:
         """Whose key this is (empty: the configured one), None if it is nobody's.
@@ -50,7 +58,7 @@ class Keys:
         self._reload()
         digest = sha256(given).digest()
         found: str | None = None
-        for wanted, tenant in (*self._own, *self._entries):
+        for wanted, tenant in (*self._own, *self._entries, *self.shared):
             if hmac.compare_digest(digest, wanted):
                 found = tenant
         return found
@@ -89,8 +97,16 @@ def read(path: Path) -> Entries:
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
-        match = _LINE.fullmatch(line.strip())
-        if match is None:
-            raise ConfigError(f"--api-keys {path}: line {number} is not 'TENANT SHA256'")
-        entries.append((bytes.fromhex(match[2]), match[1]))
+        try:
+            entries.append(entry(*line.split()))
+        except (ConfigError, TypeError):
+            message = f"--api-keys {path}: line {number} is not 'TENANT SHA256'"
+            raise ConfigError(message) from None
     return tuple(entries)
+
+
+def entry(tenant: str, digest: str) -> Entry:
+    """Raises ConfigError, which never shows what it was given."""
+    if _TENANT.fullmatch(tenant) is None or _DIGEST.fullmatch(digest) is None:
+        raise ConfigError("an entry is not a tenant and the SHA-256 of a key in hex")
+    return bytes.fromhex(digest), tenant

@@ -32,6 +32,7 @@ from router.membership import Membership, content_ids
 from router.metrics import RouterMetrics
 from router.server import Server, Tls, http_config, listen
 from router.service import Service
+from router.shared_keys import SharedKeys
 from router.slo import STEP_S, Slo, parse
 from router.speech import FORMATS, Format
 from router.tokenizer import TextModel, locate
@@ -84,6 +85,8 @@ async def _serve(
         max_model_len=config.max_model_len,
         hang_s=config.hang_s,
     )
+    path = Path(config.api_keys) if config.api_keys else None
+    keys = Keys(config.api_key, path, are_shared=config.api_keys_in_redis)
     grammars = Grammars(directory)
     parts = Parts(
         service=service,
@@ -91,13 +94,19 @@ async def _serve(
         metrics=metrics,
         model=model,
         caps=caps,
-        keys=Keys(config.api_key, Path(config.api_keys) if config.api_keys else None),
+        keys=keys,
         cors=cors,
     )
     server = Server(http_config(create_app(parts), caps, tls, config.keep_alive_s))
+    shared = []
+    if config.api_keys_in_redis:
+        shared.append(asyncio.create_task(SharedKeys(redis_url, config.namespace, keys).run()))
     try:
         await _run(service, server, listener, config.drain_s)
     finally:
+        for task in shared:
+            task.cancel()
+        await asyncio.gather(*shared, return_exceptions=True)
         await grammars.close()
         await link.close()
 

@@ -78,6 +78,24 @@ class VllmMetrics:
         )
 
 
+class Usage:
+    """What each tenant used; the tenant is empty where there are none."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        def counter(name: str, help: str) -> Counter:
+            return Counter(f"tandem_router_tenant_{name}", help, ("tenant",), registry=registry)
+
+        self._requests = counter("requests", "Prompts that were served, also in part, by tenant")
+        self._prompt_tokens = counter("prompt_tokens", "Tokens of their prompts")
+        self._output_tokens = counter("output_tokens", "Tokens that were generated for them")
+
+    def count(self, tenant: str, num_prompt: int, num_outputs: int) -> None:
+        """One prompt, when it is over."""
+        self._requests.labels(tenant).inc()
+        self._prompt_tokens.labels(tenant).inc(num_prompt)
+        self._output_tokens.labels(tenant).inc(num_outputs)
+
+
 class RouterMetrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -99,6 +117,7 @@ class RouterMetrics:
         self.e2e = self._histogram("e2e_seconds", "Submission to end", _E2E)
 
         self.vllm = VllmMetrics(self.registry)
+        self.usage = Usage(self.registry)
 
     def _counter(self, name: str, help: str, *labels: str) -> Counter:
         return Counter(f"tandem_router_{name}", help, labels, registry=self.registry)

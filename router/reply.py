@@ -19,6 +19,7 @@ from common.errors import RequestError
 from router import errors
 from router.connection import abort
 from router.intake import Call
+from router.metrics import Usage
 from router.request import Delta
 from router.service import Service
 
@@ -34,8 +35,9 @@ _SSE_HEADERS: Final = [
 class Reply(Response):
     """Not initialised as a Response: it has neither body nor headers until the first token."""
 
-    def __init__(self, call: Call, service: Service) -> None:
+    def __init__(self, call: Call, service: Service, usage: Usage) -> None:
         self._call = call
+        self._usage = usage
         self._service = service
         self._open_choices = call.answer.num_choices
         self.background = None
@@ -54,6 +56,8 @@ class Reply(Response):
             for watcher in watchers:
                 watcher.cancel()
             self._cancel()
+            for request in self._call.requests:
+                self._usage.count(self._call.tenant, len(request.prompt), request.num_outputs)
 
     def _cancel(self) -> None:
         for request in self._call.requests:

@@ -55,6 +55,7 @@ class Deployment:
     namespace: str
     text_id: str
     handoffs: Handoffs
+    keys: Keys
 
     @property
     def workers(self) -> list[StubWorker]:
@@ -109,6 +110,7 @@ async def deployment(
     patience: Patience = PATIENCE,
     api_key: str | None = None,
     api_keys: Path | None = None,
+    shared_keys: bool = False,
     cors: Cors = NO_CORS,
     tls: Tls | None = None,
     max_model_len: int = 1024,
@@ -133,12 +135,13 @@ async def deployment(
         hang_s=hang_s,
     )
     grammars = Grammars(text_files)
+    keys = Keys(api_key, api_keys, are_shared=shared_keys)
     parts = Parts(
         service=service,
         intake=Intake(text_model, MODEL, service, grammars),
         metrics=metrics,
         model=MODEL,
-        keys=Keys(api_key, api_keys),
+        keys=keys,
         cors=cors,
         caps=caps,
     )
@@ -191,6 +194,7 @@ async def deployment(
                 namespace,
                 identity,
                 handoffs,
+                keys,
             )
         finally:
             assert not engine.done(), engine

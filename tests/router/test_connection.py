@@ -11,14 +11,15 @@ import httpx
 import pytest
 
 from common.messages import Cancel
-from router import app, backlog, connection, server
-from router.caps import DEFAULT
+from router import backlog, connection, server
+from router.caps import DEFAULT, Caps
 from tests.client import complete
 from tests.router.conftest import Deploy
 from tests.router.deployment import Deployment, until
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 PROMPT = list(range(10, 40))
+HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
 
 
 @contextlib.asynccontextmanager
@@ -65,9 +66,7 @@ async def test_large_headers_and_many_requests_are_fine(deploy: Deploy) -> None:
 
 async def test_trailers_that_do_not_end(deploy: Deploy) -> None:
     async with deploy(prefill=0) as served, connected(served) as (reader, writer):
-        writer.write(
-            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
-        )
+        writer.write(HEAD + b"transfer-encoding: chunked\r\n\r\n")
         writer.write(b"2\r\n{}\r\n0\r\n")
         for _ in range(64):
             writer.write(b"x-trailer: " + b"a" * 1000 + b"\r\n")
@@ -82,7 +81,7 @@ def ask(served: Deployment, **body: object) -> socket.socket:
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
     client.connect(("127.0.0.1", httpx.URL(served.url).port))
-    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n"
+    head = HEAD + b"content-length: %d\r\n\r\n"
     client.sendall(head % len(content) + content)
     return client
 
@@ -134,19 +133,19 @@ async def test_a_client_that_leaves_amid_its_request(
 ) -> None:
     async with deploy(prefill=0) as served:
         async with connected(served) as (_, writer):
-            writer.write(b'POST /v1/completions HTTP/1.1\r\ncontent-length: 99\r\n\r\n{"prompt":')
+            writer.write(HEAD + b'content-length: 99\r\n\r\n{"prompt":')
             await writer.drain()
             await asyncio.sleep(0.05)
         await until(lambda: served.value("http_errors_total", status="499") == 1)
         assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-async def test_a_body_that_comes_too_slowly(
-    deploy: Deploy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(app, "UPLOAD_S", 0.1)
-    async with deploy(prefill=0) as served, connected(served) as (reader, writer):
-        writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 99\r\n\r\n{")
+async def test_a_body_that_comes_too_slowly(deploy: Deploy) -> None:
+    async with (
+        deploy(prefill=0, caps=Caps(upload_s=0.1)) as served,
+        connected(served) as (reader, writer),
+    ):
+        writer.write(HEAD + b"content-length: 99\r\n\r\n{")
         answer = await asyncio.wait_for(reader.read(), 10)  # to its end: the connection is closed
         head, _, body = answer.partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 408 ") and b"connection: close" in head

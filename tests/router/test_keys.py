@@ -1,5 +1,6 @@
 """Keys of tenants: hashed in a file, read anew when it changes; what they cache stays apart."""
 
+import asyncio
 import os
 from hashlib import sha256
 from pathlib import Path
@@ -9,9 +10,13 @@ import pytest
 
 from common.errors import ConfigError
 from common.messages import Prefill
+from common.redis_client import open_redis
 from router.cors import Cors
 from router.keys import Keys, read
+from router.shared_keys import SharedKeys
+from tests.redis_server import RedisServer
 from tests.router.conftest import Deploy
+from tests.router.deployment import until
 
 
 def line(tenant: str, key: str) -> str:
@@ -57,6 +62,61 @@ async def test_tenants_do_not_share_a_cache(deploy: Deploy, tmp_path: Path) -> N
         headers = {"authorization": "Bearer k2"}
         response = await served.http.post("/v1/completions", json=forged, headers=headers)
         assert response.status_code == 400
+
+
+async def test_keys_in_redis_come_and_go(deploy: Deploy, router_redis: str) -> None:
+    async with deploy(shared_keys=True) as served, open_redis(router_redis) as redis:
+        name = f"tandem:{served.namespace}:api-keys"
+        body = {"prompt": [3, 4], "max_tokens": 2, "n": 2}
+
+        async def status(key: str) -> int:
+            headers = {"authorization": f"Bearer {key}"}
+            answer = await served.http.post("/v1/completions", json=body, headers=headers)
+            return answer.status_code
+
+        async def load() -> None:
+            shared = SharedKeys(router_redis, served.namespace, served.keys)
+            await shared.load()
+            await shared.close()
+
+        await load()
+        assert [await status(key) for key in ("k1", "k2")] == [401, 401]
+        for tenant, key in (("red", "k1"), ("red", "k2"), ("blue", "k3")):
+            await redis.hset(name, sha256(key.encode()).hexdigest(), tenant)
+        await redis.hset(name, "no hash", "red")
+        await load()
+        assert [await status(key) for key in ("k1", "k2", "k3", "k4")] == [200, 200, 200, 401]
+        await redis.hdel(name, sha256(b"k1").hexdigest())
+        await load()
+        assert [await status(key) for key in ("k1", "k2")] == [401, 200]
+        used = {
+            (tenant, what): served.value(f"tenant_{what}_total", tenant=tenant)
+            for tenant in ("red", "blue")
+            for what in ("requests", "prompt_tokens", "output_tokens")
+        }
+        assert used == {
+            ("red", "requests"): 3, ("red", "prompt_tokens"): 6, ("red", "output_tokens"): 12,
+            ("blue", "requests"): 1, ("blue", "prompt_tokens"): 2, ("blue", "output_tokens"): 4,
+        }  # fmt: skip
+
+
+async def test_keys_are_followed_through_an_outage(
+    redis_server: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = Keys(are_shared=True)
+    following = asyncio.create_task(SharedKeys(redis_server.url, "ns", keys).run())
+    async with open_redis(redis_server.url) as redis:
+        await redis.hset("tandem:ns:api-keys", sha256(b"k1").hexdigest(), "red")
+        await until(lambda: keys.tenant(b"k1") == "red")
+    redis_server.kill()
+    await until(lambda: "stay as they were" in caplog.text)
+    assert keys.tenant(b"k1") == "red"
+    redis_server.start()
+    async with open_redis(redis_server.url) as redis:
+        await redis.hset("tandem:ns:api-keys", sha256(b"k2").hexdigest(), "red")
+        await until(lambda: keys.tenant(b"k2") == "red")
+    following.cancel()
+    await asyncio.gather(following, return_exceptions=True)
 
 
 async def test_browsers(deploy: Deploy) -> None:
