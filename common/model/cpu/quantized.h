@@ -118,8 +118,15 @@ class QuantizedMatrix {
     template <class T>
     void quantize(const T* a, uint32_t* words, float* scale, int32_t* sums) const {
         constexpr float SHIFT = 12582912.0f;  // rounds |x| < 2^22 to whole numbers, ties to even
-        float most = 0.0f;
-        for (int i = 0; i < depth_; ++i) most = std::max(most, std::abs(widen(a[i])));
+        // A maximum has one value in any order, but the compiler takes one number at a time.
+        Lanes peak = fill(0.0f);
+        int next = 0;
+        for (; next + LANES <= depth_; next += LANES) {
+            const Lanes x = load(a + next);
+            peak = larger(peak, larger(x, fill(0.0f) - x));
+        }
+        float most = largest(peak);
+        for (; next < depth_; ++next) most = std::max(most, std::abs(widen(a[next])));
         const float limit = planes_ == 1 ? 127.0f : 32512.0f;
         const float inverse = most > 0.0f ? limit / most : 0.0f;
         *scale = most / limit;
