@@ -58,7 +58,7 @@ class Found:
 
 
 def search(experiment: Experiment, rate_scale: float, tolerance: float = 0.01) -> Found:
-    """g90 and g99 within `tolerance`, from `rate_scale` on."""
+    """g90 and g99 within `tolerance`, from `rate_scale` on; a g99 below a thirtieth of g90 is 0."""
     native = trace.rate(experiment.requests)
     tried: dict[float, Outcome] = {}
 
@@ -69,6 +69,6 @@ def search(experiment: Experiment, rate_scale: float, tolerance: float = 0.01) -
 
     g90 = goodput(attainment, 0.9, native * rate_scale, tolerance)
     good = [rate for rate, outcome in tried.items() if outcome.attainment >= 0.99]
-    g99 = goodput(attainment, 0.99, max(good, default=min(tried)), tolerance)
+    g99 = goodput(attainment, 0.99, max(good, default=min(tried)), tolerance, g90 / 30)
     # Few requests may meet their limits at a rate above one at which they do not.
     return Found(max(g90, g99), g99, [tried[rate] for rate in sorted(tried)])

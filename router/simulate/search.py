@@ -5,12 +5,16 @@ from collections.abc import Callable
 
 
 def goodput(
-    attainment: Callable[[float], float], target: float, start: float, tolerance: float = 0.01
+    attainment: Callable[[float], float],
+    target: float,
+    start: float,
+    tolerance: float = 0.01,
+    least: float = 0.0,
 ) -> float:
     """The highest rate (requests/s) with at least `target` attainment, within `tolerance` of it.
 
-    `attainment(rate)` is taken to fall with the rate; it is asked from `start` on. 0 if even a
-    thousandth of `start` is too much.
+    `attainment(rate)` is taken to fall with the rate; it is asked from `start` on. 0 if even
+    `least`, or a thousandth of `start`, is too much.
     """
     low, high = 0.0, math.inf
     rate = start
@@ -20,7 +24,7 @@ def goodput(
         else:
             high = rate
         if low == 0.0:
-            if high < start / 1000:
+            if high < max(least, start / 1000):
                 return 0.0
             rate = high / 2
         elif math.isinf(high):

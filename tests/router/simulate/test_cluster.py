@@ -115,3 +115,11 @@ def test_goodput_is_found_from_anywhere(start: float) -> None:
     found = goodput(lambda rate: 1.0 if rate <= 7.0 else 0.0, 0.9, start)
     assert 7.0 / 1.01 <= found <= 7.0
     assert goodput(lambda rate: 0.0, 0.9, start) == 0.0
+    asked: list[float] = []
+
+    def never(rate: float) -> float:
+        asked.append(rate)
+        return 0.0
+
+    assert goodput(never, 0.9, start, least=start / 8) == 0.0
+    assert min(asked) == start / 16
