@@ -202,6 +202,10 @@ class HttpConfig(ExposureConfig):
     max_json_depth: int = flag(64, "deepest nesting of a request body")
     max_upload_s: int = flag(60, "seconds that a request body may take to arrive")
     max_resumes: int = flag(3, "failures of workers that one request survives")
+    explain_log: str | None = flag(
+        None, "file to which a line of JSON is added for each request: where it went and why, and "
+        "what its first token took, part by part"
+    )  # fmt: skip
     slo_ttft: str | None = flag(
         None, "limit of the first token, such as 500ms or 2s+1.5x (a time, and times the prefill "
         "of the prompt without any cache); what cannot meet it is refused with 429 at once; none: "

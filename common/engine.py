@@ -73,7 +73,7 @@ class Engine(ABC):
         self.outbox: list[Outgoing] = []
         self.steps = 0
         self.now = 0.0
-        """Monotonic seconds at the last `take` or `expire`."""
+        """Monotonic seconds at the last `take` or `expire`, or at the end of the last step."""
         self.drain_until: float | None = None
         self._outputs: dict[bytes, list[Output]] = {}
         self._tombstones: dict[AttemptId, float] = {}
@@ -252,6 +252,7 @@ class Engine(ABC):
             detail = f"{needed} blocks needed, the pool has {self.limits.num_blocks}"
             self.refuse(router, attempt, "no_blocks", detail)
             return
+        sequence.taken = self.now
         self.accept(sequence, work)
 
     def _fail_all(self, reason: str) -> None:

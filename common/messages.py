@@ -224,6 +224,9 @@ class Output(msgspec.Struct, frozen=True, array_like=True):
     """With the first output of an attempt from whoever prefilled: prompt tokens not computed."""
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     """With the first output, if they were asked for: of the prompt's second token and on."""
+    timing: tuple[float, ...] = ()
+    """With the first output of a worker: seconds of waiting, and then of computing the prompt or
+    of receiving its KV."""
 
 
 class Step(msgspec.Struct, frozen=True, tag="step"):

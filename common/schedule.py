@@ -165,9 +165,17 @@ def finish_reason(sequence: Sequence, token: int, limits: Limits) -> tuple[str, 
 
 
 def to_output(
-    sequence: Sequence, choice: int, sampled: Sampled, limits: Limits, cached_tokens: int = -1
+    sequence: Sequence,
+    choice: int,
+    sampled: Sampled,
+    limits: Limits,
+    cached_tokens: int = -1,
+    now: float = 0.0,
 ) -> Output:
-    """The message for `sampled`, the next token of `choice`; it says whether the choice ends."""
+    """The message for `sampled`, the next token of `choice`; it says whether the choice ends.
+
+    `cached_tokens`, `now` (monotonic seconds): with the first output that this worker makes.
+    """
     finish, stop_token = finish_reason(sequence, sampled.token, limits)
     scores = tuple(sequence.scores)
     sequence.scores.clear()  # shared by all choices: the first output takes them along
@@ -182,4 +190,9 @@ def to_output(
         logprobs=() if sampled.logprob is None else (sampled.logprob,),
         cached_tokens=cached_tokens,
         prompt_logprobs=scores,
+        timing=() if cached_tokens < 0 else _timing(sequence, now),
     )
+
+
+def _timing(sequence: Sequence, now: float) -> tuple[float, float]:
+    return max(0.0, sequence.began - sequence.taken), max(0.0, now - sequence.began)

@@ -36,6 +36,10 @@ class Sequence:
     """Prompt tokens that were found in the prefix cache."""
     scores: list[TokenLogprob] = field(default_factory=list)
     """Log-probabilities of the prompt's second token and on, if they were asked for."""
+    taken: float = 0.0
+    """Monotonic seconds when it began to wait here: for its first chunk, or for slots."""
+    began: float = 0.0
+    """When that wait ended."""
     arrival: int = 0
     """Rank by the time at which the worker took the request; set by the decode engine."""
 

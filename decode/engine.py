@@ -207,6 +207,7 @@ class DecodeEngine(FetchingEngine):
         handover.told = False
         if not handover.wanted:
             handover.wanted = True
+            handover.sequence.taken = self.now
             self.scheduler.add(handover)
 
     def _arrive(self, attempt: Attempt, handover: Handover, first: tuple[First, ...]) -> None:
@@ -260,6 +261,7 @@ class DecodeEngine(FetchingEngine):
         plan = self.scheduler.next_batch()
         for handover in plan.granted:
             assert handover.slots is not None
+            handover.sequence.began = self.now
             self.outbox.append(Ship(Grant(handover.key, handover.slots)))
             handover.told = True
         for candidate in self.scheduler.waiting:
@@ -267,6 +269,7 @@ class DecodeEngine(FetchingEngine):
                 self.outbox.append(Ship(Wait(candidate.key)))
                 candidate.told = True
         for sequence in plan.started:
+            sequence.began = self.now
             self.metrics.cached_tokens.inc(min(sequence.num_cached, sequence.prompt_len))
         self.metrics.preemptions.inc(len(plan.preempted))
         return plan.chunks
@@ -305,7 +308,7 @@ class DecodeEngine(FetchingEngine):
 
     def _append(self, attempt: Attempt, sequence: Sequence, draw: Sampled, cached: int) -> None:
         """Send the next token of one choice; end the choice, or go on after it."""
-        output = to_output(sequence, sequence.choices[0], draw, self.limits, cached)
+        output = to_output(sequence, sequence.choices[0], draw, self.limits, cached, self.now)
         self.emit(attempt.router, output)
         if not output.finish:
             sequence.tokens.append(draw.token)

@@ -143,6 +143,7 @@ class PrefillEngine(FetchingEngine):
         chunks, started = self.scheduler.next_batch()
         for prompt in started:
             sequence = prompt.sequence
+            sequence.began = self.now
             self.metrics.cached_tokens.inc(min(sequence.num_cached, sequence.prompt_len))
             if prompt.decode is not None:
                 key = Key(sequence.request, sequence.attempt)
@@ -189,7 +190,7 @@ class PrefillEngine(FetchingEngine):
         first: list[First] = []
         cached = min(sequence.num_cached, sequence.prompt_len)
         for choice, draw in zip(sequence.choices, sampled, strict=True):
-            output = to_output(sequence, choice, draw, self.limits, cached)
+            output = to_output(sequence, choice, draw, self.limits, cached, self.now)
             self.emit(sequence.router, output)
             if not output.finish:
                 first.append(First(choice, draw.token, draw.logprob, cached))

@@ -164,7 +164,16 @@ def create_app(parts: Parts) -> FastAPI:
     @app.get("/metrics")
     async def metrics() -> Response:
         parts.metrics.vllm.loaded(*service.num_requests())
+        service.explainer.show_ladder()
         return Response(parts.metrics.render(), media_type=metrics_text.CONTENT_TYPE)
+
+    @app.get("/v1/requests/{name}/explain")
+    async def explain(name: str, request: HttpRequest) -> Response:
+        traces = service.explainer.find(name, tenant_of(request))
+        if not traces:
+            message = f"The request '{name}' is not among the last ones."
+            raise RequestError(404, message, param="id", code="request_not_found")
+        return json_response({"id": name, "prompts": [trace.show() for trace in traces]})
 
     @app.get("/debug/workers")
     async def debug_workers() -> Response:

@@ -22,6 +22,7 @@ from common.link import RouterLink
 from common.messages import Cancel, Failed, Output
 from router.directory import Directory
 from router.errors import grammar_failed, internal, unavailable
+from router.explain import Explainer
 from router.fleet import Fleet
 from router.metrics import RouterMetrics
 from router.placement import View, place
@@ -54,6 +55,7 @@ class Dispatcher:
         fleet: Fleet,
         metrics: RouterMetrics,
         patience: Patience,
+        explainer: Explainer,
         step_s: float | None = None,
     ) -> None:
         """`step_s`: how long a decode step may become by a prompt that is computed beside it; None:
@@ -63,6 +65,7 @@ class Dispatcher:
         self._fleet = fleet
         self._metrics = metrics
         self._patience = patience
+        self._explainer = explainer
         self._step_s = step_s
         self._rng = random.Random()
         self._requests: dict[int, Request] = {}
@@ -91,6 +94,7 @@ class Dispatcher:
         self._metrics.live.set(len(self._requests))
         self._metrics.prompt_tokens.inc(len(request.prompt))
         self._metrics.vllm.submitted(len(request.prompt))
+        self._explainer.submitted(request)
         self._start(request, tuple(choice.number for choice in request.choices))
 
     def cancel(self, request: Request) -> None:
@@ -158,6 +162,7 @@ class Dispatcher:
         request.attempts[attempt.number] = attempt
         for worker in attempt.workers():
             request.content_id = self._fleet[worker].info.content_id
+        self._explainer.placed(request, attempt, view, snapshot, placement)
         self._fleet.reserve(attempt)
         self._send(request, attempt)
         return True
@@ -238,6 +243,7 @@ class Dispatcher:
             self._fleet.handed_over(attempt)
         if attempt.first and output.cached_tokens > request.cached_tokens:
             request.cached_tokens = min(output.cached_tokens, len(request.prompt))
+        self._explainer.took(request, attempt, worker, output)
         if output.finish == "grammar":
             self._fail(request, grammar_failed())
             return
@@ -255,6 +261,8 @@ class Dispatcher:
             return
         if delta is None:
             return
+        if previous is None:
+            self._explainer.first_token(request, attempt)
         self._observe(request, delta, previous)
         request.events.put_nowait(delta)
         if delta.finish:
@@ -375,6 +383,7 @@ class Dispatcher:
         request.attempts.clear()
         self._waiting.forget(request)
         del self._requests[request.id]
+        self._explainer.ended(request, outcome)
         self._metrics.requests.labels(outcome).inc()
         took_s = time.monotonic() - request.started
         self._metrics.e2e.observe(took_s)

@@ -5,6 +5,7 @@ for and cannot have is a RequestError here, before anything was sent to a worker
 """
 
 import secrets
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -78,6 +79,7 @@ class Intake:
 
     async def completion(self, body: CompletionBody, label: str, tenant: str = "") -> Call:
         """Raises RequestError."""
+        received = time.monotonic()
         self._check_model(body.model)
         _check_best_of(body)
         limits = await self._service.limits()
@@ -102,6 +104,7 @@ class Intake:
         rule = _rule(body)
         requests, events = self._requests(body, prompts, params, label, best_of, rule, tenant)
         for request in requests:
+            request.received = received
             request.silent = max_tokens == 0
         echo = [self._text(prompt) for prompt in prompts] if body.echo else []
         options = _options(body, body.logprobs)
@@ -112,6 +115,7 @@ class Intake:
         self, body: ChatBody, label: str, tenant: str = "", dialect: Dialect = ChatAnswer
     ) -> Call:
         """Raises RequestError."""
+        received = time.monotonic()
         self._check_model(body.model)
         if body.top_logprobs and not body.logprobs:
             message = "'top_logprobs' needs 'logprobs': true."
@@ -134,6 +138,8 @@ class Intake:
         manner = self._manner(body, prompt, constrained=bool(grammar))
         rule = _rule(body, self._visible if manner.format != "none" else frozenset())
         requests, events = self._requests(body, [prompt], params, label, body.n or 1, rule, tenant)
+        for request in requests:
+            request.received = received
         options = _options(body, logprobs)
         answer = dialect(self._model, self._token_text, requests, options, manner)
         return Call(requests, events, answer, bool(body.stream), tenant)
@@ -189,6 +195,7 @@ class Intake:
                 params=params if body.seed is not None else _reseeded(params),
                 rule=rule,
                 salt=_salt(body.cache_salt or "", tenant),
+                tenant=tenant,
                 events=events,
                 first_choice=i * n,
                 choices=[Choice(number, rule, self._text_model) for number in range(n)],

@@ -25,6 +25,7 @@ from router.caps import Caps
 from router.cors import Cors
 from router.directory import Directory
 from router.dispatch import Patience
+from router.explain import Explainer
 from router.grammars import Grammars
 from router.intake import Intake
 from router.keys import Keys
@@ -71,6 +72,7 @@ async def _serve(
     assert config.model is not None
     model = config.served_model_name or config.model
     metrics = RouterMetrics()
+    explainer = Explainer(metrics, _explain_log(config))
     link = RouterLink(name, config, CurveKeys.load(config))
     service = Service(
         # The workers' identity: --chat-template is this router's own affair.
@@ -81,6 +83,7 @@ async def _serve(
         link=link,
         metrics=metrics,
         patience=Patience(max_resumes=config.max_resumes),
+        explainer=explainer,
         step_s=_step_s(config, slo),
         max_model_len=config.max_model_len,
         hang_s=config.hang_s,
@@ -107,6 +110,7 @@ async def _serve(
         for task in shared:
             task.cancel()
         await asyncio.gather(*shared, return_exceptions=True)
+        explainer.close()
         await grammars.close()
         await link.close()
 
@@ -116,6 +120,18 @@ def _step_s(config: RouterConfig, slo: Slo) -> float | None:
     if config.local_prefill == "fallback":
         return None
     return STEP_S if slo.itl_s is None else slo.itl_s
+
+
+def _explain_log(config: RouterConfig) -> Path | None:
+    """Raises ConfigError if it cannot be written."""
+    if config.explain_log is None:
+        return None
+    path = Path(config.explain_log)
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise ConfigError(f"--explain-log {path} cannot be written: {error.strerror}") from error
+    return path
 
 
 def _tool_format(config: RouterConfig) -> Format | None:

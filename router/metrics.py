@@ -11,6 +11,8 @@ _ITL = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 
 _E2E = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0)
 
 
+_ERROR = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0)
+_TOKENS = (0.0, 16.0, 64.0, 256.0, 1024.0, 4096.0, 16384.0)
 FINISHES: Final = ("stop", "length", "abort", "error")
 
 
@@ -107,6 +109,19 @@ class RouterMetrics:
         self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts")
         self.cached_tokens = self._counter(
             "prefix_hit_tokens", "Prompt tokens that a prefix cache held"
+        )
+        self.predicted_tokens = self._counter(
+            "predicted_hit_tokens", "Prompt tokens that placement took to be cached where it went"
+        )
+        self.ladder = self._gauge(
+            "prefix_ladder_tokens", "Prompt tokens that caches could have held, and did", "rung"
+        )
+        self.ladder_prompt = self._gauge("prefix_ladder_prompt_tokens", "Prompt tokens in all")
+        self.ttft_error = self._histogram(
+            "ttft_prediction_error", "Predicted against actual, relative to the actual", _ERROR
+        )
+        self.hit_error = self._histogram(
+            "hit_prediction_error_tokens", "Predicted against actually reused tokens", _TOKENS
         )
         self.output_tokens = self._counter("output_tokens", "Tokens that were generated")
         self.workers = self._gauge("workers", "Workers that are connected, by role", "role")

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Final, TypeVar
 
+import msgspec
 from msgspec.structs import replace
 
 from common.cost import PRIOR, CostModel
@@ -284,3 +285,63 @@ def _cheapest(options: Iterable[tuple[float, float, _Option]], rng: Random) -> _
     least = min((cost, load) for cost, load, _ in listed)
     best = [option for cost, load, option in listed if (cost, load) == least]
     return best[0] if len(best) == 1 else rng.choice(best)
+
+
+class Weighed(msgspec.Struct, frozen=True, kw_only=True):
+    """What one worker would have cost, for people to read. `place` adds `wait_s`, `work` and `hold`
+    of whoever prefills to `decode` of the decode worker, and takes the least sum."""
+
+    worker: str
+    role: str
+    objection: str
+    """Why it cannot be used; empty: it can."""
+    hit_tokens: int
+    uncached_tokens: int
+    fetch: str | None
+    wait_s: float
+    work: float
+    hold: float
+    decode: float | None
+    """None: it does not decode."""
+    prefills: bool
+    """It may compute the prompt."""
+    ttft_s: float
+
+
+def weigh(view: View, snapshot: Sequence[Candidate], weights: Weights = WEIGHTS) -> list[Weighed]:
+    """The terms that `place` decides by, worker by worker."""
+    owner = max(view.held, key=lambda id: view.held[id], default=None)
+    return [_weigh(view, worker, owner, weights) for worker in snapshot]
+
+
+def _weigh(view: View, worker: Candidate, owner: str | None, weights: Weights) -> Weighed:
+    decodes = worker.role == "decode"
+    plan = (_local if decodes else _remote)(view, worker, owner, weights)
+    uncached = plan.uncached
+    hold = weights.hold * _uncached(view, worker) * worker.cost.token_s
+    # ttft = wait + work and score = wait + weight * work + hold.
+    work_s = (plan.score - hold - plan.ttft_s) / (weights.work - 1)
+    return Weighed(
+        worker=worker.id,
+        role=worker.role,
+        objection=_objection(view, worker),
+        hit_tokens=min(view.hits.get(worker.id, 0), view.num_tokens),
+        uncached_tokens=uncached,
+        fetch=plan.fetch,
+        wait_s=plan.ttft_s - work_s,
+        work=weights.work * work_s,
+        hold=hold,
+        decode=_decode_cost(view, worker) * worker.cost.kv_s * weights.decode if decodes else None,
+        prefills=not decodes or _may_prefill(view, worker, weights),
+        ttft_s=plan.ttft_s,
+    )
+
+
+def _objection(view: View, worker: Candidate) -> str:
+    if not worker.ready:
+        return "not ready"
+    if worker.capacity <= view.num_tokens:
+        return "too small"
+    if worker.id in view.avoid:
+        return "avoided"
+    return "" if view.content_id in (None, worker.content_id) else "another model"

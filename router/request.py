@@ -165,7 +165,10 @@ class Request:
     """Of the prompt's second token and on, if they were asked for."""
     cached_tokens: int = 0
     """Prompt tokens that the attempt with the first token found in a prefix cache."""
+    tenant: str = ""
     started: float = field(default_factory=time.monotonic)
+    """When it was handed over to be served; `received`: when its HTTP call began."""
+    received: float = field(default_factory=time.monotonic)
     first_token: float | None = None
     last_token: float | None = None
     over: bool = False
@@ -196,6 +199,14 @@ class Request:
             parent = seed(content_id, self.salt)
             self._chains[key] = chain(self.packed, parent, block_size // UNIT)
         return self._chains[key]
+
+    @property
+    def main_chain(self) -> tuple[list[BlockHash], int]:
+        """Names of the prompt's full blocks, and their size, on the workers it was looked up for
+        first; none if it never was."""
+        for (_, block_size), hashes in self._chains.items():
+            return hashes, block_size
+        return [], 1
 
     def blame(self, attempt: Attempt, workers: Sequence[str]) -> None:
         """Count a failure of `workers`, which ended `attempt`.

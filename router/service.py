@@ -22,6 +22,7 @@ from common.messages import (
 from router.directory import Directory
 from router.dispatch import Dispatcher, Patience
 from router.errors import unavailable
+from router.explain import Explainer
 from router.fleet import Fleet, Limits, Member
 from router.inspection import Inspector
 from router.membership import Membership
@@ -40,12 +41,14 @@ class Service:
         link: RouterLink,
         metrics: RouterMetrics,
         patience: Patience,
+        explainer: Explainer,
         step_s: float | None = None,
         max_model_len: int = 0,
         hang_s: float = 30.0,
     ) -> None:
         """`step_s`: see `Dispatcher`; `max_model_len`, `hang_s`: see `Fleet`."""
         self.fleet = Fleet(max_model_len, hang_s)
+        self.explainer = explainer
         self.draining = False
         """Set once, on shutdown: nothing new is accepted."""
         self._membership = membership
@@ -53,7 +56,9 @@ class Service:
         self._link = link
         self._metrics = metrics
         self._grace_s = patience.grace_s
-        self._dispatcher = Dispatcher(directory, link, self.fleet, metrics, patience, step_s)
+        self._dispatcher = Dispatcher(
+            directory, link, self.fleet, metrics, patience, explainer, step_s
+        )
         self._inspector = Inspector()
         self._came = asyncio.Event()
         """A worker came up."""

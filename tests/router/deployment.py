@@ -23,6 +23,7 @@ from router.caps import Caps
 from router.cors import Cors
 from router.directory import Directory
 from router.dispatch import Patience
+from router.explain import Explainer
 from router.grammars import Grammars
 from router.intake import Intake
 from router.keys import Keys
@@ -119,6 +120,7 @@ async def deployment(
     hang_s: float = 30.0,
     content_ids: frozenset[str] = frozenset(),
     step_s: float | None = None,
+    explain_log: Path | None = None,
 ) -> AsyncIterator[Deployment]:
     namespace = f"test-{next(_namespaces)}"
     identity = text_id(text_files, None)
@@ -131,6 +133,7 @@ async def deployment(
         link=link,
         metrics=metrics,
         patience=patience,
+        explainer=Explainer(metrics, explain_log),
         step_s=step_s,
         hang_s=hang_s,
     )
