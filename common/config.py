@@ -202,6 +202,9 @@ class HttpConfig(ExposureConfig):
     max_json_depth: int = flag(64, "deepest nesting of a request body")
     max_upload_s: int = flag(60, "seconds that a request body may take to arrive")
     max_resumes: int = flag(3, "failures of workers that one request survives")
+    max_waiting: int = flag(1_024, "requests that wait at the router while all workers are busy")
+    max_waiting_tokens: int = flag(1 << 24, "tokens of their prompts")
+    max_waiting_bytes: int = flag(1 << 30, "memory that they take")
     explain_log: str | None = flag(
         None, "file to which a line of JSON is added for each request: where it went and why, and "
         "what its first token took, part by part"

@@ -144,7 +144,9 @@ class Engine(ABC):
         match event:
             case FromRouter(router, Prefill() | Admit() as work):
                 self._take_work(router, work)
-            case FromRouter(_, Cancel(request, attempt, ())):
+            case FromRouter(_, Cancel(request, attempt, ()), at):
+                if self.is_live((request, attempt)):
+                    self.metrics.cancel_to_free.observe(max(0.0, now - at))
                 self.end((request, attempt), "cancelled")
             case FromRouter(_, Cancel(request, attempt, choices)):
                 if self.is_live((request, attempt)):

@@ -24,6 +24,8 @@ class FromRouter:
 
     router: bytes
     message: ToWorker
+    at: float = 0.0
+    """Monotonic seconds when it came."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -217,7 +217,7 @@ class Host:
             if isinstance(message, Ping):
                 self._link.send(router, self._pong(message.seq))
             else:
-                self._inbox.put(FromRouter(router, message))
+                self._inbox.put(FromRouter(router, message, time.monotonic()))
 
     def _pong(self, seq: int) -> Pong:
         status = self.status

@@ -42,6 +42,12 @@ class WorkerMetrics:
             buckets=STEP_BUCKETS,
             registry=self.registry,
         )
+        self.cancel_to_free = Histogram(
+            "tandem_cancel_to_free_seconds",
+            "From a router's Cancel to the end of all computing for it",
+            buckets=STEP_BUCKETS,
+            registry=self.registry,
+        )
         self.preemptions = self._counter("preemptions", "Sequences that gave their blocks up")
         self.requests = self._counter("requests", "Attempts that ended here", "outcome")
         self.dropped = self._counter("dropped_messages", "Messages of unknown attempts", "kind")

@@ -20,18 +20,25 @@ from typing import Final
 from common.errors import RequestError
 from common.link import RouterLink
 from common.messages import Cancel, Failed, Output
+from router.admission import refusal, ttft_limit
 from router.directory import Directory
-from router.errors import grammar_failed, internal, unavailable
+from router.errors import grammar_failed, internal, overloaded, unavailable
 from router.explain import Explainer
 from router.fleet import Fleet
 from router.metrics import RouterMetrics
 from router.placement import View, place
 from router.request import Attempt, Delta, Request
-from router.waiting import Entry, WaitingQueue
+from router.slo import Slo
+from router.waiting import Bounds, Entry, WaitingQueue
 from router.work import assignments
 
 log = logging.getLogger(__name__)
 
+NO_LIMITS: Final = Slo()
+BOUNDS: Final = Bounds()
+SKIP: Final = 8
+"""Waiting entries that find no worker before the others are not tried either: those that only some
+worker can take do not stop the rest, and a long queue is not walked at each step."""
 _NO_FAILURE: Final = ("draining", "no_blocks")
 """Causes that do not count against `max_resumes`."""
 
@@ -57,9 +64,12 @@ class Dispatcher:
         patience: Patience,
         explainer: Explainer,
         step_s: float | None = None,
+        slo: Slo = NO_LIMITS,
+        bounds: Bounds = BOUNDS,
     ) -> None:
         """`step_s`: how long a decode step may become by a prompt that is computed beside it; None:
-        decode workers compute prompts only where no prefill worker can."""
+        decode workers compute prompts only where no prefill worker can. `slo`: what cannot be met
+        is refused; `bounds`: what may wait."""
         self._directory = directory
         self._link = link
         self._fleet = fleet
@@ -69,7 +79,8 @@ class Dispatcher:
         self._step_s = step_s
         self._rng = random.Random()
         self._requests: dict[int, Request] = {}
-        self._waiting = WaitingQueue(metrics)
+        self._slo = slo
+        self._waiting = WaitingQueue(metrics, bounds)
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -108,6 +119,9 @@ class Dispatcher:
 
     def lost(self, worker: str, cause: str) -> None:
         """A worker is gone or hangs: no new work is placed there."""
+        for entry in self._waiting:
+            if entry.timer is None and not self._fleet.busy:
+                self._limit(entry)
         for request in list(self._requests.values()):
             for attempt in list(request.attempts.values()):
                 # Replacing one attempt may have ended the request, and so the others.
@@ -120,6 +134,9 @@ class Dispatcher:
         assert not request.over
         try:
             return self._place(request, choices)
+        except RequestError as error:
+            self._fail(request, error)
+            return True
         except Exception:
             # Whatever one request trips over must not end the others.
             log.exception("request %s cannot be placed", request.label)
@@ -149,6 +166,10 @@ class Dispatcher:
             placement = place(view, snapshot, self._rng)
         if placement is None:
             return False
+        if request.next_attempt == 1 and self._slo != NO_LIMITS:
+            waited_s = time.monotonic() - request.started
+            if (error := refusal(self._slo, view, snapshot, placement, waited_s)) is not None:
+                raise error
         attempt = Attempt(
             number=request.next_attempt,
             choices=choices,
@@ -203,13 +224,44 @@ class Dispatcher:
             return
         if self._cannot_fit(request):
             self._fail(request, RequestError(400, "The prompt does not fit into any worker."))
-        elif self._waiting.full:
+        elif not self._waiting.has_room(request):
             self._fail(request, unavailable("Too many requests wait for a worker."))
         else:
-            patience_s = self._patience.resume_s if request.num_outputs else self._patience.grace_s
-            loop = asyncio.get_running_loop()
-            timer = loop.call_later(patience_s, self._give_up, request)
-            self._waiting.add(Entry(request, choices, timer))
+            entry = Entry(request, choices)
+            self._limit(entry)
+            self._waiting.add(entry)
+
+    def _limit(self, entry: Entry) -> None:
+        """End the patience of an entry in time: without workers soon, where they are busy when it
+        cannot be answered within its limit any more."""
+        request = entry.request
+        if not self._fleet.busy:
+            resumes = request.num_outputs > 0
+            left_s = self._patience.resume_s if resumes else self._patience.grace_s
+            end = self._give_up
+        elif request.next_attempt == 1 and self._slo.ttft is not None:
+            view = View(num_tokens=len(request.prompt), remaining=1)
+            limit_s = ttft_limit(self._slo, view, self._fleet.snapshot())
+            left_s = max(0.0, limit_s - (time.monotonic() - request.started))
+            end = self._expire
+        else:
+            return
+        loop = asyncio.get_running_loop()
+        entry.deadline = loop.time() + left_s
+        entry.timer = loop.call_later(left_s, end, request)
+
+    def _expire(self, request: Request) -> None:
+        self._fail(request, overloaded("No worker was free within the limit.", 1.0))
+
+    def serve_waiting(self) -> None:
+        """A worker may have room: serve who is next."""
+        skipped = 0
+        for entry in self._waiting:
+            if self._settle(entry.request, entry.choices):
+                if not entry.request.over:
+                    self._waiting.remove(entry)
+            elif (skipped := skipped + 1) >= SKIP:
+                return
 
     def _cannot_fit(self, request: Request) -> bool:
         """Every decode worker that is there has refused the request for good."""

@@ -4,6 +4,7 @@ Called by `router.app` (as exception handlers) and by `router.reply` (before and
 """
 
 import logging
+import math
 
 import msgspec
 from fastapi.requests import Request as HttpRequest
@@ -30,6 +31,17 @@ def unavailable(message: str) -> RequestError:
     """503: the client may try again in a moment."""
     return RequestError(
         503, message, kind="service_unavailable", code="unavailable", retry_after_s=RETRY_AFTER_S
+    )
+
+
+def overloaded(message: str, retry_after_s: float) -> RequestError:
+    """429: too much is asked of the deployment now; it may be less in `retry_after_s` seconds."""
+    return RequestError(
+        429,
+        message,
+        kind="rate_limit_error",
+        code="overloaded",
+        retry_after_s=max(1, math.ceil(retry_after_s)),
     )
 
 

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Final
 
 from common.messages import Load, Peer, WorkerInfo
 from router.cost_meter import CostMeter, Peers
@@ -16,6 +17,11 @@ from router.progress import Progress
 from router.request import Attempt
 
 log = logging.getLogger(__name__)
+
+
+FULL: Final = 2
+"""Times as many sequences as it can run: a decode worker that has so many gets no more. What comes
+then waits at the router, which knows whose turn it is."""
 
 
 class Gauge:
@@ -79,6 +85,12 @@ class Member:
         """Tokens that its KV pool holds."""
         return self.info.num_blocks * self.info.layout.block_size
 
+    @property
+    def full(self) -> bool:
+        """What comes now would only wait here."""
+        seats = FULL * self.info.max_num_seqs
+        return self.info.role == "decode" and self.num_seqs.value >= seats
+
     def report(self, load: Load) -> None:
         self.load = load
         self.prefill_tokens.report(load.prefill_tokens)
@@ -96,7 +108,7 @@ class Member:
             prefill_tokens=self.prefill_tokens.value,
             kv_tokens=self.kv_tokens.value,
             num_seqs=self.num_seqs.value,
-            ready=self.state == "ready",
+            ready=self.state == "ready" and not self.full,
             cost=self.meter.model,
             chunk_tokens=self.info.max_num_batched_tokens,
         )
@@ -160,6 +172,11 @@ class Fleet:
         if "ready" in states:
             return None
         return "every decode worker hangs" if "hung" in states else "all decode workers are leaving"
+
+    @property
+    def busy(self) -> bool:
+        """There are workers, but they have all that they can do."""
+        return any(member.full and member.state == "ready" for member in self)
 
     def num_requests(self) -> tuple[int, int]:
         """(running, waiting) sequences on all workers, of all routers, as workers reported them.

@@ -37,6 +37,7 @@ from router.shared_keys import SharedKeys
 from router.slo import STEP_S, Slo, parse
 from router.speech import FORMATS, Format
 from router.tokenizer import TextModel, locate
+from router.waiting import Bounds
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +86,12 @@ async def _serve(
         patience=Patience(max_resumes=config.max_resumes),
         explainer=explainer,
         step_s=_step_s(config, slo),
+        slo=slo,
+        bounds=Bounds(
+            count=config.max_waiting,
+            tokens=config.max_waiting_tokens,
+            num_bytes=config.max_waiting_bytes,
+        ),
         max_model_len=config.max_model_len,
         hang_s=config.hang_s,
     )

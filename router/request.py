@@ -182,6 +182,11 @@ class Request:
         self.packed = pack_tokens(self.prompt)
 
     @property
+    def num_bytes(self) -> int:
+        """About what it takes in memory."""
+        return 12 * len(self.prompt) + len(self.params.grammar) + 16 * len(self.params.logit_bias)
+
+    @property
     def num_outputs(self) -> int:
         return sum(len(choice.tokens) for choice in self.choices)
 

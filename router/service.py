@@ -20,7 +20,7 @@ from common.messages import (
     WorkerInfo,
 )
 from router.directory import Directory
-from router.dispatch import Dispatcher, Patience
+from router.dispatch import BOUNDS, NO_LIMITS, Dispatcher, Patience
 from router.errors import unavailable
 from router.explain import Explainer
 from router.fleet import Fleet, Limits, Member
@@ -28,6 +28,8 @@ from router.inspection import Inspector
 from router.membership import Membership
 from router.metrics import RouterMetrics
 from router.request import Request
+from router.slo import Slo
+from router.waiting import Bounds
 
 log = logging.getLogger(__name__)
 
@@ -43,10 +45,12 @@ class Service:
         patience: Patience,
         explainer: Explainer,
         step_s: float | None = None,
+        slo: Slo = NO_LIMITS,
+        bounds: Bounds = BOUNDS,
         max_model_len: int = 0,
         hang_s: float = 30.0,
     ) -> None:
-        """`step_s`: see `Dispatcher`; `max_model_len`, `hang_s`: see `Fleet`."""
+        """`step_s`, `slo`, `bounds`: see `Dispatcher`; `max_model_len`, `hang_s`: see `Fleet`."""
         self.fleet = Fleet(max_model_len, hang_s)
         self.explainer = explainer
         self.draining = False
@@ -57,7 +61,7 @@ class Service:
         self._metrics = metrics
         self._grace_s = patience.grace_s
         self._dispatcher = Dispatcher(
-            directory, link, self.fleet, metrics, patience, explainer, step_s
+            directory, link, self.fleet, metrics, patience, explainer, step_s, slo, bounds
         )
         self._inspector = Inspector()
         self._came = asyncio.Event()
@@ -194,8 +198,10 @@ class Service:
                     member.meter.stepped(load, time.monotonic())
                 for output in outputs:
                     self._dispatcher.take(worker, output)
+                self._dispatcher.serve_waiting()
             case Pong():
                 self._take_pong(member, message)
+                self._dispatcher.serve_waiting()
             case Failed():
                 self._dispatcher.failed(worker, message)
             case Inspected():

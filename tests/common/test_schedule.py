@@ -163,5 +163,8 @@ def test_finish_reason() -> None:
 
 def test_to_output() -> None:
     logprob = TokenLogprob(5, -0.5)
-    output = to_output(sequence(12, prompt_len=10), 3, Sampled(5, logprob), LIMITS, 16)
-    assert output == Output(1, 2, 3, 2, (5,), logprobs=(logprob,), cached_tokens=16)
+    one = sequence(12, prompt_len=10)
+    one.taken, one.began = 1.0, 1.5
+    output = to_output(one, 3, Sampled(5, logprob), LIMITS, 16, 3.5)
+    common = {"logprobs": (logprob,), "cached_tokens": 16}
+    assert output == Output(1, 2, 3, 2, (5,), **common, timing=(0.5, 2.0))  # type: ignore[arg-type]

@@ -87,7 +87,7 @@ def test_blocks_are_offered_after_each_chunk() -> None:
         Offer(key, (BlockRef(4, 4, 6),)),
         Close(key, (First(0, token, None, 0),)),
     ]
-    assert outputs(messages) == [Output(1, 0, 0, 0, (token,), cached_tokens=0)]
+    assert outputs(messages) == [Output(1, 0, 0, 0, (token,), cached_tokens=0, timing=(0.0, 0.0))]
     assert engine.blocks.ledger().leased == 5 and not engine.idle()
     engine.take(Ticketed(key, 5), 0.0)
     engine.take(Delivered(key, 5, 0), 0.0)

@@ -22,7 +22,7 @@ from router.app import Parts, create_app
 from router.caps import Caps
 from router.cors import Cors
 from router.directory import Directory
-from router.dispatch import Patience
+from router.dispatch import BOUNDS, NO_LIMITS, Patience
 from router.explain import Explainer
 from router.grammars import Grammars
 from router.intake import Intake
@@ -31,7 +31,9 @@ from router.membership import Membership
 from router.metrics import RouterMetrics
 from router.server import Server, Tls, http_config, listen
 from router.service import Service
+from router.slo import Slo
 from router.tokenizer import TextModel
+from router.waiting import Bounds
 from tests.router.stub_worker import Handoffs, StubWorker
 
 MODEL = "stub-model"
@@ -121,6 +123,8 @@ async def deployment(
     content_ids: frozenset[str] = frozenset(),
     step_s: float | None = None,
     explain_log: Path | None = None,
+    slo: Slo = NO_LIMITS,
+    bounds: Bounds = BOUNDS,
 ) -> AsyncIterator[Deployment]:
     namespace = f"test-{next(_namespaces)}"
     identity = text_id(text_files, None)
@@ -135,6 +139,8 @@ async def deployment(
         patience=patience,
         explainer=Explainer(metrics, explain_log),
         step_s=step_s,
+        slo=slo,
+        bounds=bounds,
         hang_s=hang_s,
     )
     grammars = Grammars(text_files)

@@ -6,6 +6,7 @@ import pytest
 
 from common.messages import Admit, Cancel, Failed, Prefill
 from router.dispatch import Patience
+from router.waiting import Bounds
 from tests.client import Answer, complete, stream
 from tests.router.conftest import Deploy
 from tests.router.deployment import Deployment, until
@@ -64,11 +65,9 @@ async def stream_of(asked: "asyncio.Task[object]") -> Answer:
     return answer
 
 
-async def test_what_finds_no_place_in_the_queue_leaves_nothing_behind(
-    deploy: Deploy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("router.waiting.MAX_WAITING", 8)
-    async with deploy(prefill=0, patience=Patience(resume_s=0.5)) as served:
+async def test_what_finds_no_place_in_the_queue_leaves_nothing_behind(deploy: Deploy) -> None:
+    patience, bounds = Patience(resume_s=0.5), Bounds(count=8)
+    async with deploy(prefill=0, patience=patience, bounds=bounds) as served:
         worker = served.decodes[0]
         worker.gate.clear()
         asked = [
