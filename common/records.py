@@ -5,6 +5,7 @@
     tandem:{ns}:blocks:{id}@{epoch}  msgpack Snapshot, TTL 60 s
     tandem:{ns}:api-keys             hash, SHA-256 of a key -> tenant; written by operators
     tandem:{ns}:events               stream; field `e` of each entry is a msgpack Event
+    tandem:{ns}:routers, tandem:{ns}:inflight:{router}   see `router.inflight`
 
 Workers write (`common.registry`), routers read (`router.directory`). A worker numbers its
 Changed events in each epoch; a Snapshot and a Digest describe its blocks after the event with
@@ -45,6 +46,13 @@ class Keys:
     @property
     def api_keys(self) -> str:
         return f"tandem:{self.namespace}:api-keys"
+
+    @property
+    def routers(self) -> str:
+        return f"tandem:{self.namespace}:routers"
+
+    def inflight(self, router: str) -> str:
+        return f"tandem:{self.namespace}:inflight:{router}"
 
     def worker(self, id: str) -> str:
         return f"tandem:{self.namespace}:worker:{id}"

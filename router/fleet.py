@@ -4,11 +4,14 @@ A worker is a member from the link's Up to its Down. Owned by `router.service`, 
 what comes in and reserves what goes out; read by `/health`, `/debug/workers` and placement.
 """
 
+import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 from common.messages import Load, Peer, WorkerInfo
 from router.cost_meter import CostMeter, Peers
@@ -24,24 +27,43 @@ FULL: Final = 2
 then waits at the router, which knows whose turn it is."""
 
 
+class Carried(msgspec.Struct, frozen=True, array_like=True):
+    """What routers have in flight on one worker."""
+
+    prefill_tokens: int = 0
+    kv_tokens: int = 0
+    num_seqs: int = 0
+
+    def __add__(self, other: "Carried") -> "Carried":
+        return Carried(
+            self.prefill_tokens + other.prefill_tokens,
+            self.kv_tokens + other.kv_tokens,
+            self.num_seqs + other.num_seqs,
+        )
+
+
+NOTHING: Final = Carried()
+
+
 class Gauge:
     """A load that the worker reports late and that this router knows in part at once.
 
-    What was placed since the report before last is not in the report yet; what this router has
-    in flight is there in any case.
+    What was placed since the report before last is not in the report yet; what this router and
+    others have in flight is there in any case.
     """
 
-    __slots__ = ("_newer", "_older", "own", "reported")
+    __slots__ = ("_newer", "_older", "others", "own", "reported")
 
     def __init__(self) -> None:
         self.own = 0
+        self.others = 0
         self.reported = 0
         self._older = 0
         self._newer = 0
 
     @property
     def value(self) -> int:
-        return max(self.own, self.reported + self._older + self._newer)
+        return max(self.own + self.others, self.reported + self._older + self._newer)
 
     def place(self, amount: int) -> None:
         self.own += amount
@@ -84,6 +106,17 @@ class Member:
     def capacity(self) -> int:
         """Tokens that its KV pool holds."""
         return self.info.num_blocks * self.info.layout.block_size
+
+    @property
+    def carried(self) -> Carried:
+        """What this router has in flight here."""
+        return Carried(self.prefill_tokens.own, self.kv_tokens.own, self.num_seqs.own)
+
+    def share(self, others: Carried) -> None:
+        """What other routers have in flight here."""
+        self.prefill_tokens.others = others.prefill_tokens
+        self.kv_tokens.others = others.kv_tokens
+        self.num_seqs.others = others.num_seqs
 
     @property
     def full(self) -> bool:
@@ -140,6 +173,8 @@ class Fleet:
         self._hang_s = hang_s
         self.limits: Limits | None = None
         """None until a decode worker was there; then the last ones known."""
+        self.changed = asyncio.Event()
+        """Set when `carried` changed; for whoever shares it."""
 
     def __contains__(self, worker_id: str) -> bool:
         return worker_id in self._members
@@ -193,8 +228,19 @@ class Fleet:
     def snapshot(self) -> list[Candidate]:
         return [member.candidate() for member in self]
 
+    def carried(self) -> dict[str, Carried]:
+        """What this router has in flight, on each worker where that is anything."""
+        loads = {member.info.id: member.carried for member in self}
+        return {worker: carried for worker, carried in loads.items() if carried != NOTHING}
+
+    def share(self, others: Mapping[str, Carried]) -> None:
+        """What other routers have in flight now, by worker."""
+        for member in self:
+            member.share(others.get(member.info.id, NOTHING))
+
     def reserve(self, attempt: Attempt) -> None:
         """Count an attempt as load of its workers at once; `release` ends it."""
+        self.changed.set()
         for member in self._carriers(attempt):
             member.num_seqs.place(len(attempt.choices))
         if (decode := self.get(attempt.decode)) is not None:
@@ -229,6 +275,7 @@ class Fleet:
 
     def release(self, attempt: Attempt) -> None:
         """The attempt is over; what it still counts for ends."""
+        self.changed.set()
         if not attempt.prefilled:
             self._end_prefill(attempt)
         for member in self._carriers(attempt):

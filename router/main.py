@@ -9,6 +9,7 @@ import logging
 import secrets
 import signal
 import socket
+from functools import partial
 from pathlib import Path
 
 import uvloop
@@ -27,6 +28,7 @@ from router.directory import Directory
 from router.dispatch import Patience
 from router.explain import Explainer
 from router.grammars import Grammars
+from router.inflight import Inflight
 from router.intake import Intake
 from router.keys import Keys
 from router.membership import Membership, content_ids
@@ -85,6 +87,7 @@ async def _serve(
         metrics=metrics,
         patience=Patience(max_resumes=config.max_resumes),
         explainer=explainer,
+        share=partial(Inflight, redis_url, config.namespace, name),
         step_s=_step_s(config, slo),
         slo=slo,
         bounds=Bounds(

@@ -7,6 +7,7 @@ side calls `limits`, `submit`, `cancel` and `ledgers`, and reads each request's 
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 
 from common.link import Down, Message, RouterLink, Up
 from common.messages import (
@@ -24,6 +25,7 @@ from router.dispatch import BOUNDS, NO_LIMITS, Dispatcher, Patience
 from router.errors import unavailable
 from router.explain import Explainer
 from router.fleet import Fleet, Limits, Member
+from router.inflight import Inflight
 from router.inspection import Inspector
 from router.membership import Membership
 from router.metrics import RouterMetrics
@@ -47,6 +49,7 @@ class Service:
         step_s: float | None = None,
         slo: Slo = NO_LIMITS,
         bounds: Bounds = BOUNDS,
+        share: Callable[[Fleet], Inflight],
         max_model_len: int = 0,
         hang_s: float = 30.0,
     ) -> None:
@@ -64,6 +67,7 @@ class Service:
             directory, link, self.fleet, metrics, patience, explainer, step_s, slo, bounds
         )
         self._inspector = Inspector()
+        self._inflight = share(self.fleet)
         self._came = asyncio.Event()
         """A worker came up."""
 
@@ -73,6 +77,7 @@ class Service:
             tasks.create_task(self._directory.run())
             tasks.create_task(self._follow())
             tasks.create_task(self._receive())
+            tasks.create_task(self._inflight.run())
 
     def unavailable(self) -> str | None:
         """None if a request can be served, else why not."""

@@ -8,6 +8,7 @@ import ssl
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from router.directory import Directory
 from router.dispatch import BOUNDS, NO_LIMITS, Patience
 from router.explain import Explainer
 from router.grammars import Grammars
+from router.inflight import Inflight
 from router.intake import Intake
 from router.keys import Keys
 from router.membership import Membership
@@ -123,14 +125,16 @@ async def deployment(
     content_ids: frozenset[str] = frozenset(),
     step_s: float | None = None,
     explain_log: Path | None = None,
+    namespace: str = "",
+    name: str = "router-test",
     slo: Slo = NO_LIMITS,
     bounds: Bounds = BOUNDS,
 ) -> AsyncIterator[Deployment]:
-    namespace = f"test-{next(_namespaces)}"
+    namespace = namespace or f"test-{next(_namespaces)}"
     identity = text_id(text_files, None)
     text_model = TextModel(text_files)
     metrics = RouterMetrics()
-    link = RouterLink("router-test", TIMERS)
+    link = RouterLink(name, TIMERS)
     service = Service(
         membership=Membership(identity, content_ids),
         directory=Directory(redis_url, namespace),
@@ -138,6 +142,7 @@ async def deployment(
         metrics=metrics,
         patience=patience,
         explainer=Explainer(metrics, explain_log),
+        share=partial(Inflight, redis_url, namespace, name),
         step_s=step_s,
         slo=slo,
         bounds=bounds,
