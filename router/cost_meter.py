@@ -15,6 +15,7 @@ from typing import Final
 from common.cost import PRIOR, CostModel, Costs
 from common.cost_fit import CostFit
 from common.messages import Load
+from router.health import SLOW, Pace
 
 ENOUGH: Final = 32
 """Prefills that a worker's own model needs before it counts."""
@@ -71,6 +72,19 @@ class CostMeter:
         self._computed_at = 0.0
         self._stepped_at: float | None = None
         self._load = Load()
+        self._slowness, self._seen = 1.0, 0
+
+    @property
+    def pace(self) -> Pace:
+        """How slow it is beside its peers."""
+        return Pace(self._slowness, self._seen)
+
+    def _compare(self, seconds: float, predicted_s: float) -> None:
+        """What took `seconds` was to take `predicted_s` on any of its peers."""
+        if predicted_s > 0:
+            ratio = min(max(seconds, 0.0) / predicted_s, 10 * SLOW)
+            self._slowness += (ratio - self._slowness) / 16
+            self._seen += 1
 
     @property
     def model(self) -> CostModel:
@@ -99,6 +113,8 @@ class CostMeter:
         """Its first output came, after `new` tokens were computed and `cached` ones reused."""
         seconds = now - max(self._sent.pop(prompt), self._computed_at)
         self._computed_at = now
+        if self._peers.fit.num_prefills >= ENOUGH:
+            self._compare(seconds, self._peers.fit.model.prefill(new, cached))
         for fit in (self._own, self._peers.fit):
             fit.saw_prefill(new, cached, seconds)
 
@@ -110,6 +126,9 @@ class CostMeter:
         """The outputs of a decode worker's step came, and its load after it."""
         before, since = self._load, self._stepped_at
         if since is not None and not before.prefill_tokens and not load.prefill_tokens:
+            if self._peers.fit.num_steps >= ENOUGH:
+                predicted_s = self._peers.fit.model.step(before.running, before.kv_tokens)
+                self._compare(now - since, predicted_s)
             for fit in (self._own, self._peers.fit):
                 fit.saw_step(before.running, before.kv_tokens, now - since)
         self._load = load

@@ -25,6 +25,7 @@ from router.directory import Directory
 from router.errors import grammar_failed, internal, overloaded, unavailable
 from router.explain import Explainer
 from router.fleet import Fleet
+from router.health import RetryBudget
 from router.metrics import RouterMetrics
 from router.placement import View, place
 from router.request import Attempt, Delta, Request
@@ -78,6 +79,7 @@ class Dispatcher:
         self._explainer = explainer
         self._step_s = step_s
         self._rng = random.Random()
+        self._budget = RetryBudget(self._rng)
         self._requests: dict[int, Request] = {}
         self._slo = slo
         self._waiting = WaitingQueue(metrics, bounds)
@@ -405,8 +407,11 @@ class Dispatcher:
         for worker in attempt.workers():
             self._link.send(worker, Cancel(request.id, attempt.number))
         self._metrics.resumes.labels(cause).inc()
+        delay_s = 0.0
         if cause not in _NO_FAILURE:
             request.blame(attempt, suspects)
+            self._fleet.failed(suspects)
+            delay_s = self._budget.delay_s(len(self._requests), time.monotonic())
         if request.failures > self._patience.max_resumes:
             self._fail(request, unavailable(f"Workers failed {request.failures} times: {cause}."))
             return
@@ -415,8 +420,15 @@ class Dispatcher:
         # What was emitted differs: each choice goes on as a sequence of its own.
         apart = any(choice.tokens for choice in unfinished)
         for choices in [(number,) for number in numbers] if apart else [numbers]:
-            if not request.over:
+            if delay_s:
+                loop = asyncio.get_running_loop()
+                loop.call_later(delay_s, self._start_late, request, choices)
+            elif not request.over:
                 self._start(request, choices)
+
+    def _start_late(self, request: Request, choices: tuple[int, ...]) -> None:
+        if not request.over:
+            self._start(request, choices)
 
     def _fail(self, request: Request, error: RequestError) -> None:
         if not request.over:

@@ -181,14 +181,14 @@ class Explainer:
         placement: Placement,
     ) -> None:
         trace = self._traces.get(request.id)
-        if attempt.first:
+        if attempt.number == 1:
             self._arrived(request, view, snapshot)
         if trace is None:
             return
         now = time.monotonic()
         if trace.first is None:
             trace.sent = now
-        if attempt.first:
+        if attempt.number == 1:
             trace.predicted_hit = len(request.prompt) - placement.uncached
         if len(trace.decisions) == KEPT_DECISIONS:
             trace.decisions.pop()
@@ -221,7 +221,7 @@ class Explainer:
         """The first token came: compare what was predicted with what was."""
         self.ladder.reused(request.cached_tokens)
         trace = self._traces.get(request.id)
-        if trace is None or not attempt.first or not trace.decisions:
+        if trace is None or attempt.number != 1 or not trace.decisions:
             return
         assert request.first_token is not None
         predicted_s = trace.decisions[0].placement.ttft_s

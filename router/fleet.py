@@ -7,7 +7,7 @@ what comes in and reserves what goes out; read by `/health`, `/debug/workers` an
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,6 +15,7 @@ import msgspec
 
 from common.messages import Load, Peer, WorkerInfo
 from router.cost_meter import CostMeter, Peers
+from router.health import Breaker, Outliers
 from router.placement import Candidate
 from router.progress import Progress
 from router.request import Attempt
@@ -85,6 +86,7 @@ class Member:
         self.info = info
         self.meter = meter
         self.progress = Progress(hang_s)
+        self.breaker = Breaker()
         self.draining = info.state != "ready"
         self.load = Load(free_blocks=info.num_blocks)
         self.prefill_tokens = Gauge()
@@ -130,7 +132,7 @@ class Member:
         self.kv_tokens.report(load.kv_tokens)
         self.num_seqs.report(load.running + load.waiting)
 
-    def candidate(self) -> Candidate:
+    def candidate(self, suspended: bool = False) -> Candidate:
         return Candidate(
             id=self.info.id,
             role=self.info.role,
@@ -141,7 +143,7 @@ class Member:
             prefill_tokens=self.prefill_tokens.value,
             kv_tokens=self.kv_tokens.value,
             num_seqs=self.num_seqs.value,
-            ready=self.state == "ready" and not self.full,
+            ready=self.state == "ready" and not self.full and not suspended,
             cost=self.meter.model,
             chunk_tokens=self.info.max_num_batched_tokens,
         )
@@ -169,6 +171,7 @@ class Fleet:
         self._clock = clock
         self._costs: dict[tuple[str, str], Peers] = {}
         """What computing costs on all workers of a role and content id."""
+        self._outliers = {"prefill": Outliers(), "decode": Outliers()}
         self._max_model_len = max_model_len
         self._hang_s = hang_s
         self.limits: Limits | None = None
@@ -226,7 +229,38 @@ class Fleet:
         return running, queued + max(0, held - queued - prefilled)
 
     def snapshot(self) -> list[Candidate]:
-        return [member.candidate() for member in self]
+        suspended = self._suspended()
+        return [member.candidate(member.info.id in suspended) for member in self]
+
+    def _suspended(self) -> set[str]:
+        """Workers that get nothing for a while; of a role not all: rather a bad one than none."""
+        now = self._clock()
+        result: set[str] = set()
+        for role, outliers in self._outliers.items():
+            ready = [m for m in self if m.info.role == role and m.state == "ready"]
+            bad = {
+                m.info.id
+                for m in ready
+                if outliers.out(m.info.id, now) or not m.breaker.allows(now, m.num_seqs.own)
+            }
+            if len(bad) < len(ready):
+                result |= bad
+        return result
+
+    def failed(self, worker_ids: Iterable[str]) -> None:
+        """An attempt ended by a failure of these workers."""
+        for worker in worker_ids:
+            member = self.get(worker)
+            if member is not None and member.breaker.failed(self._clock()):
+                log.warning("worker %s fails again and again: it gets a rest", worker)
+
+    def review(self) -> None:
+        """Look for workers that are far slower than the others of their role."""
+        for role, outliers in self._outliers.items():
+            paces = {m.info.id: m.meter.pace for m in self if m.info.role == role}
+            for worker in outliers.review(paces, self._clock()):
+                slowness = self[worker].meter.pace.slowness
+                log.warning("worker %s is %.1f times as slow as its like", worker, slowness)
 
     def carried(self) -> dict[str, Carried]:
         """What this router has in flight, on each worker where that is anything."""
@@ -251,6 +285,8 @@ class Fleet:
 
     def prefilled(self, attempt: Attempt) -> None:
         """The first output came: the prompt is not to be computed any more."""
+        if (carrier := self.get(attempt.prefill or attempt.decode)) is not None:
+            carrier.breaker.succeeded()
         member = self.get(attempt.prefill)
         # What a decode worker computes beside its residents says little of its speed, and a worker
         # that came back under its name never saw the prompt.
@@ -269,6 +305,8 @@ class Fleet:
     def handed_over(self, attempt: Attempt) -> None:
         """The decode worker spoke: the prefill worker is done."""
         assert attempt.prefilled and not attempt.handed_over
+        if (decode := self.get(attempt.decode)) is not None:
+            decode.breaker.succeeded()
         if (member := self.get(attempt.prefill)) is not None:
             member.num_seqs.end(len(attempt.choices))
         attempt.handed_over = True

@@ -177,6 +177,7 @@ class Service:
         member.report(pong.load)
         member.meter.told(pong.costs)
         member.draining = member.draining or pong.state != "ready"
+        self.fleet.review()
         was_hung = member.progress.hung
         member.progress.report(pong.steps, pong.busy, time.monotonic())
         worker = member.info.id
