@@ -25,12 +25,15 @@ commands:
   prefill   one prefill worker
   decode    one decode worker
   bench     measure servers: `tandem bench serve`, `tandem bench sweep`
+  doctor    check this machine, and a deployment that runs: what is in the way
   keygen    make a CurveZMQ key pair: `tandem keygen NAME [DIRECTORY]`
   simulate  what a deployment would do under a recorded load
   version   print the version
 
 `tandem COMMAND --help` lists the flags of a command."""
 
+COMMANDS = ("up", "router", "prefill", "decode", "bench", "doctor", "keygen", "simulate")
+"""Whose name is part of an error line."""
 BENCHMARKS = ("serve", "sweep")
 
 
@@ -96,6 +99,13 @@ def _bench(argv: Sequence[str]) -> int:
     return run(argv[1:])
 
 
+def _doctor(argv: Sequence[str]) -> int:
+    from deploy.doctor import DoctorConfig
+    from deploy.doctor import main as run
+
+    return run(parse(DoctorConfig, argv, "tandem doctor"))
+
+
 def _keygen(argv: Sequence[str]) -> int:
     if not 1 <= len(argv) <= 2 or argv[0].startswith("-"):
         raise UsageError("expected `tandem keygen NAME [DIRECTORY]`")
@@ -132,6 +142,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _worker(command, rest)
             case "bench":
                 return _bench(rest)
+            case "doctor":
+                return _doctor(rest)
             case "keygen":
                 return _keygen(rest)
             case "simulate":
@@ -142,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             case _:
                 raise UsageError(f"unknown command {command!r} (see tandem --help)")
     except ConfigError as error:
-        known = command in ("up", "router", "prefill", "decode", "bench", "keygen", "simulate")
+        known = command in COMMANDS
         print(f"tandem{f' {command}' if known else ''}: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
