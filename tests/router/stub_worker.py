@@ -85,12 +85,15 @@ class _Sequence:
     router: bytes
     cached_tokens: int
     awaits_kv: bool
+    script: Sequence[int] = ()
 
     def step(self) -> Output:
         """One more token."""
         params = self.params
         index = len(self.tokens) - self.prompt_len
         token = next_token(params.seed, self.choice, self.tokens)
+        if self.script:
+            token = self.script[index] if index < len(self.script) else EOS
         if dict(params.logit_bias).get(token, 0) == -100:
             token = EOS
         self.tokens.append(token)
@@ -151,6 +154,8 @@ class StubWorker:
         self.cached_tokens = 0
         self.fail: str = ""
         """Reason with which every new attempt is answered."""
+        self.script: Sequence[int] = ()
+        """What every answer consists of; nothing: tokens that follow from prompt and seed."""
         self.mute = False
         """Inspect is not answered."""
         self.ends_at = 1 << 30
@@ -266,6 +271,7 @@ class StubWorker:
                     router,
                     self.cached_tokens if prefills else -1,
                     not prefills,
+                    self.script,
                 )
             )
         self._wake.set()

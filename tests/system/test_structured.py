@@ -24,7 +24,7 @@ SCHEMA = {
     "required": ["name", "size", "tags"],
     "additionalProperties": False,
 }
-TOOLS = [
+TOOLS: list[dict[str, Any]] = [
     {"type": "function", "function": {"name": "weigh", "parameters": SCHEMA}},
     {"type": "function", "function": {"name": "stop"}},
 ]
@@ -44,6 +44,7 @@ async def test_structured_answers(checkpoint: MakeCheckpoint) -> None:
             await check_schemas(client)
             await check_tools(client)
             await check_scores(client)
+            await check_responses(client)
 
 
 async def check_schemas(client: httpx.AsyncClient) -> None:
@@ -116,3 +117,35 @@ async def check_scores(client: httpx.AsyncClient) -> None:
     ][0]["prompt_logprobs"]
     assert rows[0] is None and len(rows) == 40
     assert all(str(token) in row for token, row in zip(prompt[1:], rows[1:], strict=True))
+
+
+async def check_responses(client: httpx.AsyncClient) -> None:
+    """/v1/responses says what a chat says, and calls what it must call."""
+    greedy = {"temperature": 0, "seed": 1}
+    chat = await ask(
+        client, "/v1/chat/completions", messages=MESSAGES, max_completion_tokens=40, **greedy
+    )
+    brief = {"input": MESSAGES, "max_output_tokens": 40, **greedy}
+    whole = await ask(client, "/v1/responses", **brief)
+    said = whole["output"][0]["content"][0]["text"]
+    assert said == chat["choices"][0]["message"]["content"]
+    counts = [chat["usage"][f"{kind}_tokens"] for kind in ("prompt", "completion", "total")]
+    assert [whole["usage"][f"{kind}_tokens"] for kind in ("input", "output", "total")] == counts
+    streamed, last = "", {}
+    async with client.stream("POST", "/v1/responses", json={**brief, "stream": True}) as response:
+        assert response.status_code == 200
+        async for line in response.aiter_lines():
+            if line.startswith("data: "):
+                last = json.loads(line.removeprefix("data: "))
+                if last["type"] == "response.output_text.delta":
+                    streamed += last["delta"]
+    assert streamed == said and last["type"] == f"response.{whole['status']}"
+    assert last["response"]["usage"]["output_tokens"] == whole["usage"]["output_tokens"]
+    flat = [{"type": "function", **tool["function"]} for tool in TOOLS[:1]]
+    called = await ask(
+        client, "/v1/responses", input="weigh it", tools=flat, tool_choice="required",
+        parallel_tool_calls=False, max_output_tokens=2000, seed=3,
+    )  # fmt: skip
+    (item,) = called["output"]
+    assert (item["type"], item["name"], called["status"]) == ("function_call", "weigh", "completed")
+    jsonschema.validate(json.loads(item["arguments"]), SCHEMA)
