@@ -5,9 +5,11 @@
 pool and the same logits, up to rounding.
 """
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 
@@ -20,6 +22,10 @@ from common.model.spec import ModelSpec
 from common.model.torch_decoder import TorchDecoder
 from common.model.weights import Weights
 
+if TYPE_CHECKING:
+    # Only here: a step of a model can be computed where msgspec is not installed.
+    from common.model.sampler import DrawRandom
+
 log = logging.getLogger("tandem.kernels")
 
 Kernels = Literal["auto", "native", "triton", "torch"]
@@ -27,6 +33,11 @@ Kernels = Literal["auto", "native", "triton", "torch"]
 
 class Decoder(Protocol):
     """A model over a pool."""
+
+    @property
+    def draw_random(self) -> DrawRandom | None:
+        """Random draws by kernels of the backend; None: it has none."""
+        ...
 
     def compute(
         self, rows: Sequence[Row], sampling: Sequence[int], greedy: Sequence[bool]

@@ -36,6 +36,8 @@ FIRST_POSITIONS: Final = 1024
 class NativeDecoder:
     """A `common.model.decoder.Decoder`."""
 
+    draw_random = None
+
     @staticmethod
     def supports(spec: ModelSpec, weights: Weights) -> bool:
         return (

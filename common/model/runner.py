@@ -49,7 +49,9 @@ class ModelRunner:
         self._decoder = open_decoder(
             spec, weights, pool, kernels, threads or torch.get_num_threads()
         )
-        self._sampler = Sampler(spec.vocab_size, spec.eos_token_ids, guides)
+        self._sampler = Sampler(
+            spec.vocab_size, spec.eos_token_ids, guides, self._decoder.draw_random
+        )
 
     @torch.inference_mode()
     def step(self, rows: Sequence[Row]) -> list[tuple[Sampled, ...]]:

@@ -9,7 +9,7 @@ top-p.
 Log-probabilities are of the raw logits, before all of that.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
@@ -29,13 +29,23 @@ _MOST: Final = 1e30
 """Larger than any logit; finite even when it is divided by the least temperature."""
 
 
+DrawRandom = Callable[[torch.Tensor, Sequence[Sample]], list[int]]
+"""What `draw_random` does, maybe by kernels of a backend."""
+
+
 class Sampler:
     """Draws tokens for one model."""
 
     def __init__(
-        self, vocab_size: int, eos_token_ids: Sequence[int], guides: Guides | None = None
+        self,
+        vocab_size: int,
+        eos_token_ids: Sequence[int],
+        guides: Guides | None = None,
+        draws: DrawRandom | None = None,
     ) -> None:
+        """draws: how random draws are made; None: `draw_random`."""
         self._guides = guides
+        self._draw_random = draws or draw_random
         self._vocab_size = vocab_size
         self._eos_token_ids = tuple(eos_token_ids)
 
@@ -84,7 +94,7 @@ class Sampler:
         tokens: list[int] = logits.argmax(-1).tolist()
         drawn = [i for i, sample in enumerate(samples) if sample.params.temperature >= GREEDY_BELOW]
         if drawn:
-            random = _draw_random(logits[drawn], [samples[i] for i in drawn])
+            random = self._draw_random(logits[drawn], [samples[i] for i in drawn])
             for i, token in zip(drawn, random, strict=True):
                 tokens[i] = token
         for i in failed:
@@ -140,8 +150,8 @@ def _has_penalties(params: SamplingParams) -> bool:
     )
 
 
-def _draw_random(logits: torch.Tensor, samples: Sequence[Sample]) -> list[int]:
-    """Inverse-CDF draws from logits [samples, vocab], overwritten.
+def draw_random(logits: torch.Tensor, samples: Sequence[Sample]) -> list[int]:
+    """Inverse-CDF draws from logits [samples, vocab] float32, overwritten.
 
     The CDF runs in the order of token ids, not of probabilities: where two logits are nearly
     equal, rounding on another worker may swap their order, and must not swap the tokens.

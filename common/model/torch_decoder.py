@@ -19,6 +19,8 @@ from common.model.weights import Weights
 class TorchDecoder:
     """A `common.model.decoder.Decoder`."""
 
+    draw_random = None
+
     def __init__(self, spec: ModelSpec, weights: Weights, pool: KvPool) -> None:
         self._spec = spec
         self._weights = weights

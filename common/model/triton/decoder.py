@@ -11,7 +11,7 @@ too, and then a token's bits depend on nothing but its own context.
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Final
 
@@ -21,7 +21,7 @@ from torch.nn.functional import embedding
 from torch.nn.functional import linear as library_linear
 
 from common.kv.pool import KvPool
-from common.model.batch import Row
+from common.model.batch import Row, Sample
 from common.model.rope import Rotary
 from common.model.spec import ModelSpec
 from common.model.triton.decode import SPLIT, Workspace, decode_attention
@@ -31,7 +31,7 @@ from common.model.triton.linear import linear
 from common.model.triton.prefill import prefill_attention, tokens_per_tile
 from common.model.triton.rope import Pages, rope_store
 from common.model.triton.rows import add_rms_norm, rms_norm, swiglu
-from common.model.triton.sampling import best_tokens
+from common.model.triton.sampling import Draw, best_tokens, draw_tokens
 from common.model.triton.tuning import tuning_for
 from common.model.weights import LayerWeights, Weights
 
@@ -125,9 +125,30 @@ class TritonDecoder:
         self, rows: Sequence[Row], sampling: Sequence[int], greedy: Sequence[bool]
     ) -> Launched:
         """Enqueue a step; its `Launched` must be collected before the next one is launched."""
-        # Triton launches on the current device of this thread, which need not be the model's.
-        with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
+        with self._on_device():
             return self._launch(rows, sampling, greedy)
+
+    def draw_random(self, logits: torch.Tensor, samples: Sequence[Sample]) -> list[int]:
+        """One token per line of logits [samples, vocab] float32; see `common.model.sampler`."""
+        draws = [
+            Draw(
+                temperature=sample.params.temperature,
+                min_p=sample.params.min_p,
+                top_k=sample.params.top_k,
+                top_p=sample.params.top_p,
+                seed=sample.params.seed,
+                choice=sample.choice,
+                index=len(sample.tokens) - sample.prompt_len,
+            )
+            for sample in samples
+        ]
+        with self._on_device():
+            tokens: list[int] = draw_tokens(logits, draws).tolist()
+        return tokens
+
+    def _on_device(self) -> AbstractContextManager[object]:
+        """Triton launches on the current device of this thread, which need not be the model's."""
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
 
     def _launch(
         self, rows: Sequence[Row], sampling: Sequence[int], greedy: Sequence[bool]

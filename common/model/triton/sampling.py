@@ -1,8 +1,8 @@
 """Triton kernels that choose tokens: the largest logit, and draws by counter-based numbers.
 
-`best_tokens` is called by `common.model.triton.decoder`, `draw_tokens` by `benchmarks.cuda` alone:
-serving draws with `common.model.sampler`. The draws are the same: one number of
-`philox(seed, choice, output index)`, and the inverse of a CDF in float64 in the order of token ids.
+Called by `common.model.triton.decoder`. The draws are those of `common.model.sampler`: one number
+of `philox(seed, choice, output index)`, and the inverse of a CDF in float64 in the order of token
+ids.
 """
 
 from collections.abc import Sequence

@@ -1,14 +1,17 @@
 """The whole decoder over the kernels: the tokens of transformers, and bits without company."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
 from common.kv.pool import KvPool
-from common.model.batch import Row
+from common.model.batch import Row, Sample
+from common.model.decoder import Kernels
 from common.model.triton.decoder import TritonDecoder
 from common.model.triton.tuning import tuning_named
+from common.sampling import SamplingParams
 from tests.checkpoints import Architecture
 from tests.common.model.drive import Driver, greedy_params, load, random_prompts
 from tests.conftest import MakeCheckpoint
@@ -29,6 +32,35 @@ def test_tokens_are_those_of_transformers(checkpoint: MakeCheckpoint, name: str)
     runs = [driver.start(prompt, greedy_params(2)) for prompt in prompts]
     driver.finish(runs, budget=60)
     assert_greedy_equal(directory, prompts, [run.outputs for run in runs])
+
+
+def test_random_draws_are_made_by_the_kernel(
+    checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokens of the reference, seed by seed."""
+    drawn: list[int] = []
+    kernel = TritonDecoder.draw_random
+
+    def recorded(self: TritonDecoder, logits: torch.Tensor, samples: Sequence[Sample]) -> list[int]:
+        tokens = kernel(self, logits, samples)
+        drawn.extend(tokens)
+        return tokens
+
+    monkeypatch.setattr(TritonDecoder, "draw_random", recorded)
+    loaded = load(checkpoint("llama", layers=1, vocab=512))
+    prompts = random_prompts([3, 17], 512)
+    answers = {}
+    kernels: Kernels
+    for kernels in ("torch", "triton"):
+        driver = Driver(loaded, num_blocks=8, kernels=kernels)
+        runs = [
+            driver.start(prompt, SamplingParams(max_tokens=3, seed=seed, top_k=50, top_p=0.9))
+            for seed, prompt in enumerate(prompts)
+        ]
+        driver.finish(runs, budget=60)
+        answers[kernels] = [run.outputs for run in runs]
+    assert answers["torch"] == answers["triton"]
+    assert sorted(drawn) == sorted(token for outputs in answers["triton"] for token in outputs)
 
 
 def test_invariant_mode_depends_on_neither_cuts_nor_company(checkpoint: MakeCheckpoint) -> None:
