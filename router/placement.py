@@ -37,7 +37,7 @@ class Weights:
 
     work: float = 4.0
     """A second of compute: this prompt's, and that of those who come to wait behind it."""
-    hold: float = 1.0
+    hold: float = 0.5
     """A second that it took to compute what a cache evicts to take in what it lacks. Where caches
     are scarce and most prompts come back, this is what keeps a session in one place."""
     decode: float = 64.0
