@@ -31,7 +31,11 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__)
     add = result.add_argument
     names = ", ".join(SYSTEMS)
-    add("--systems", default="all", help=f"comma-separated: {names}; all: those installed")
+    add(
+        "--systems",
+        default="all",
+        help=f"comma-separated: {names}; all: those installed that compute in bf16",
+    )
     add("--shapes", default="llama-135m", help=f"comma-separated: {', '.join(SHAPES)}")
     add("--loads", default="all", help=f"comma-separated: {', '.join(x.name for x in LOADS)}")
     add("--repeats", type=int, default=3)
@@ -53,7 +57,8 @@ def systems(text: str) -> list[System]:
 
     Raises ValueError for an unknown name.
     """
-    wanted = list(SYSTEMS) if text == "all" else text.split(",")
+    alike = [name for name, system in SYSTEMS.items() if not system.quantize]
+    wanted = alike if text == "all" else text.split(",")
     if wrong := [name for name in wanted if name not in SYSTEMS]:
         raise ValueError(f"no system {wrong[0]!r}; there are {', '.join(SYSTEMS)}")
     found = []

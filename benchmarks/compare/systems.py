@@ -30,6 +30,8 @@ class System(ABC):
 
     name: str
     title: str
+    quantize: str = ""
+    """What its weights are held in; empty: the checkpoint's bf16, as all others'."""
 
     def missing(self) -> str | None:
         """What must be installed first; None: it can run."""
@@ -41,10 +43,12 @@ class System(ABC):
 
 
 class Tandem(System):
-    def __init__(self, prefill: int, decode: int) -> None:
-        self.prefill, self.decode = prefill, decode
+    def __init__(self, prefill: int, decode: int, quantize: str = "") -> None:
+        self.prefill, self.decode, self.quantize = prefill, decode, quantize
         self.name = "tandem" if not prefill else f"tandem-{prefill}p{decode}d"
         self.title = "Tandem colocated" if not prefill else f"Tandem {prefill}P{decode}D"
+        if quantize:
+            self.name, self.title = f"{self.name}-{quantize}", f"{self.title} {quantize}"
 
     def commands(self, checkpoint: Path, cores: Sequence[int]) -> list[Command]:
         (port,) = free_ports(1)
@@ -57,6 +61,8 @@ class Tandem(System):
         )  # fmt: skip
         if self.prefill + self.decode > 1:
             argv += ("--pin-cores",)
+        if self.quantize:
+            argv += ("--quantize", self.quantize)
         workers = self.prefill + self.decode
         return [Command(self.name, argv, port, tuple(cores), workers=workers)]
 
@@ -173,6 +179,8 @@ SYSTEMS: dict[str, System] = {
     for system in (
         Tandem(0, 1),
         Tandem(1, 1),
+        Tandem(0, 1, "w8a8"),
+        Tandem(1, 1, "w8a8"),
         VllmCpu(),
         VllmCpu(chunk=256),
         VllmCpu1P1D(),
