@@ -130,7 +130,7 @@ class Bench:
 
     def start(self, *argv: str) -> "subprocess.Popen[str]":
         process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-        self._stack.callback(process.wait)
+        self._stack.enter_context(process)  # closes its pipe and waits for it
         self._stack.callback(process.kill)
         return process
 

@@ -49,7 +49,9 @@ def ready(port: int) -> None:
 
 
 def listen() -> socket.socket:
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+    # Inherited by every connection; asyncio does it only where it knows the protocol.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     ready(listener.getsockname()[1])
     return listener
 

@@ -326,19 +326,13 @@ class Dispatcher:
 
     def _observe(self, request: Request, delta: Delta, previous: float | None) -> None:
         assert request.last_token is not None
-        self._metrics.output_tokens.inc(len(delta.tokens))
-        vllm = self._metrics.vllm
         if delta.finish:
-            vllm.finished(delta.finish)
+            self._metrics.vllm.finished(delta.finish)
         if previous is None:
-            ttft = request.last_token - request.started
-            self._metrics.ttft.observe(ttft)
             self._metrics.cached_tokens.inc(request.cached_tokens)
-            vllm.observe(ttft, None, len(delta.tokens))
+            self._metrics.tokens.first(request.last_token - request.started, len(delta.tokens))
         else:
-            itl = request.last_token - previous
-            self._metrics.itl.observe(itl)
-            vllm.observe(None, itl, len(delta.tokens))
+            self._metrics.tokens.next(request.last_token - previous, len(delta.tokens))
 
     def _finish_choice(
         self, request: Request, attempt: Attempt, choice: int, teller: str | None

@@ -4,10 +4,10 @@ from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from router.token_metrics import TokenMetrics
+
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-_TTFT = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
-_ITL = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 5.0)
 _E2E = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0)
 
 
@@ -19,44 +19,33 @@ FINISHES: Final = ("stop", "length", "abort", "error")
 class VllmMetrics:
     """vLLM's names with vLLM's meanings, summed over all workers, for dashboards that exist."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, registry: CollectorRegistry, tokens: TokenMetrics) -> None:
+        """`tokens`: has what is counted for every token, under these names too."""
         self._registry = registry
+        self._tokens = tokens
         self.running = self._gauge("num_requests_running", "Sequences that workers run")
         self.waiting = self._gauge("num_requests_waiting", "Sequences that wait for a worker")
         self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts")
-        self.generation_tokens = self._counter("generation_tokens", "Tokens that were generated")
         self.success = Counter(
             "vllm:request_success",
             "Choices that ended, by reason",
             ("model_name", "finished_reason"),
             registry=registry,
         )
-        self.ttft = self._histogram("time_to_first_token_seconds", "To the first token", _TTFT)
-        self.itl = self._histogram("inter_token_latency_seconds", "Between two tokens", _ITL)
         self.e2e = self._histogram("e2e_request_latency_seconds", "To the last token", _E2E)
         self._model = ""
 
     def serve(self, model: str) -> None:
         """The label of every sample."""
         self._model = model
-        for metric in (
-            self.running, self.waiting, self.prompt_tokens, self.generation_tokens, self.ttft,
-            self.itl, self.e2e,
-        ):  # fmt: skip
+        self._tokens.model = model
+        for metric in (self.running, self.waiting, self.prompt_tokens, self.e2e):
             metric.labels(model)
         for reason in FINISHES:
             self.success.labels(model, reason)
 
     def finished(self, reason: str) -> None:
         self.success.labels(self._model, reason).inc()
-
-    def observe(self, ttft: float | None, itl: float | None, num_tokens: int) -> None:
-        """One output: the time to it, from submission or from the one before."""
-        self.generation_tokens.labels(self._model).inc(num_tokens)
-        if ttft is not None:
-            self.ttft.labels(self._model).observe(ttft)
-        if itl is not None:
-            self.itl.labels(self._model).observe(itl)
 
     def submitted(self, num_tokens: int) -> None:
         self.prompt_tokens.labels(self._model).inc(num_tokens)
@@ -123,15 +112,14 @@ class RouterMetrics:
         self.hit_error = self._histogram(
             "hit_prediction_error_tokens", "Predicted against actually reused tokens", _TOKENS
         )
-        self.output_tokens = self._counter("output_tokens", "Tokens that were generated")
         self.workers = self._gauge("workers", "Workers that are connected, by role", "role")
         self.live = self._gauge("live_requests", "Prompts that are being served")
         self.waiting = self._gauge("waiting_requests", "Attempts for which there is no worker")
-        self.ttft = self._histogram("ttft_seconds", "Submission to first token", _TTFT)
-        self.itl = self._histogram("itl_seconds", "Time between outputs of a prompt", _ITL)
+        self.tokens = TokenMetrics()
+        self.registry.register(self.tokens)
         self.e2e = self._histogram("e2e_seconds", "Submission to end", _E2E)
 
-        self.vllm = VllmMetrics(self.registry)
+        self.vllm = VllmMetrics(self.registry, self.tokens)
         self.usage = Usage(self.registry)
 
     def _counter(self, name: str, help: str, *labels: str) -> Counter:
