@@ -197,7 +197,7 @@ async def compare(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "itl_ms_p50": p50,
         "itl_ms_p99": p99,
-        "ratio_p99": p99["beside"] / p99["alone"],
+        "ratio_p99": p99["beside"] / p99["alone"] if p99["alone"] else None,
         "router_rss_mib": memory,
         "crowd": dict(counts),
     }

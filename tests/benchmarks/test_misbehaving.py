@@ -28,7 +28,7 @@ async def test_a_small_crowd(checkpoint: MakeCheckpoint) -> None:
         async with http(served.url) as client:
             # The streams that nobody read were cancelled: nothing is held.
             await settled(client, 60)
-    assert figures["ratio_p99"] > 0
+    assert figures["itl_ms_p99"].keys() == {"alone", "beside"}
     assert figures["crowd"]["idle"] == 100
     assert all(count >= 1 for count in figures["crowd"].values()), figures["crowd"]
     (before,), (beside,) = (figures["router_rss_mib"][name] for name in ("alone", "beside"))
