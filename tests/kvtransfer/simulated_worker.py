@@ -232,6 +232,13 @@ class SimulatedWorker:
                 if prompt.offered == len(prompt.blocks):
                     yield Close(prompt.key, first_tokens(prompt.key))
 
+    def cancel_one(self) -> Iterator[Command]:
+        """The client of one prompt leaves."""
+        prompt = self.random.choice(list(self.prompts.values()))
+        if not prompt.aborted:
+            prompt.aborted = True
+            yield Abort(prompt.key, "cancel")
+
     def fenced(self, key: Key) -> None:
         """The endpoint has carried out an Abort: the blocks are not read any more."""
         self.put_back(self.prompts.pop(key).blocks)
@@ -272,6 +279,11 @@ class SimulatedWorker:
         for key in list(self.granted):
             if not self.calm and self.random.random() < 0.01:
                 yield Revoke(key)
+
+    @property
+    def lacks_room(self) -> bool:
+        """For the transfer that is next."""
+        return len(self.free) < -(-self.queue[0].num_tokens // BLOCK_SIZE)
 
     def admit(self) -> Iterator[Command]:
         while self.queue:

@@ -428,10 +428,24 @@ class Simulation:
         limit = self.now + HEAL_S
         while not all(w.alive and w.is_idle for w in self.workers.values()) and self.now < limit:
             self.run_until(self.now + 0.5)
+            self.leave_a_circle()
         self.run_until(self.now + 0.5)
         for worker in self.workers.values():
             worker.check_idle()
         self.check_delivered()
+
+    def leave_a_circle(self) -> None:
+        """Here every worker sends and receives, and so pools that are full of prompts may wait for
+        room in each other; then a client gives up. No decode worker of a deployment holds a
+        prompt of its own back until another has room."""
+        workers = [worker for worker in self.workers.values() if worker.alive]
+        waiting = [worker for worker in workers if worker.queue]
+        if any(worker.granted for worker in workers) or not all(w.lacks_room for w in waiting):
+            return
+        holders = [worker for worker in waiting if worker.prompts]
+        if holders:
+            holder = self.random.choice(holders)
+            self.order(holder, holder.cancel_one())
 
     def heal(self) -> None:
         self.faults = Faults()
