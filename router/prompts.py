@@ -85,9 +85,10 @@ async def chat_prompt(body: ChatBody, text_model: TextModel, limits: Limits) -> 
         text = _unfinished(text, messages[-1]["content"])
     special = body.add_special_tokens is True  # the template has them already
     (tokens,) = await text_model.encode_all([text], add_special_tokens=special)
+    tokens = truncated(tokens, body.truncate_prompt_tokens, limits)
     if not tokens:
         raise RequestError(400, "The messages have no tokens.", param="messages")
-    return Prompt(truncated(tokens, body.truncate_prompt_tokens, limits), text)
+    return Prompt(tokens, text)
 
 
 def _unfinished(text: str, content: str) -> str:

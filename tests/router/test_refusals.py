@@ -161,6 +161,7 @@ BAD_CHATS: list[tuple[dict[str, Any], str | None, str | None]] = [
         None,
     ),
     ({**CHAT, "max_tokens": 0}, "max_tokens", "invalid_value"),
+    ({**CHAT, "truncate_prompt_tokens": 0}, "messages", None),
     ({**CHAT, "functions": [{"name": "f"}]}, "functions", "unsupported_parameter"),
     ({**CHAT, "response_format": {"type": "json_schema"}}, "response_format", None),
     ({**CHAT, "chat_template": "x"}, "chat_template", "unsupported_parameter"),
