@@ -116,5 +116,5 @@ def test_the_simulation_bites(
     else:
         monkeypatch.setattr(owner, name, mutant)
     with pytest.raises((AssertionError, KeyError)):
-        for seed in range(200):
+        for seed in range(1000):
             simulate(seed)
