@@ -32,7 +32,7 @@ constexpr int SUMS = MAX_ROWS * TILE;
 
 // to[row * to_stride + column] of ROWS x 32 over `steps` words: a[row * a_stride + step] times
 // b[step * b_stride + column]. AHEAD: words of b that are fetched in advance, where it comes from
-// memory; 0: none.
+// memory; 0: none. Four times as many where many rows take longer over each word.
 template <class T, int ROWS, int AHEAD>
 __attribute__((noinline)) void multiply_block(const uint32_t* a, size_t a_stride, const uint32_t* b,
                                               size_t b_stride, int steps, float* to,
@@ -41,9 +41,13 @@ __attribute__((noinline)) void multiply_block(const uint32_t* a, size_t a_stride
     for (int r = 0; r < ROWS; ++r) sums[r][0] = sums[r][1] = fill(0.0f);
     for (int step = 0; step < steps; ++step) {
         const Words low = load_words(b), high = load_words(b + LANES);
-        if constexpr (AHEAD > 0) {
+        if constexpr (AHEAD > 0 && ROWS <= 5) {
             __builtin_prefetch(b + AHEAD);
             __builtin_prefetch(b + AHEAD + LANES);
+        } else if constexpr (AHEAD > 0) {
+            // Slower reading leaves room for the second level cache, and for a longer lead.
+            __builtin_prefetch(b + 4 * AHEAD, 0, 2);
+            __builtin_prefetch(b + 4 * AHEAD + LANES, 0, 2);
         }
 #pragma GCC unroll 16
         for (int r = 0; r < ROWS; ++r) {
