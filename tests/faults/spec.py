@@ -32,6 +32,7 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True):
     redis: str
     num_blocks: int = 64
     block_size: int = 16
+    num_layers: int = 1
     content_id: str = "stub"
     max_num_seqs: int = 16
     max_num_batched_tokens: int = 64

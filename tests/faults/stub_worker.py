@@ -82,7 +82,11 @@ def run(spec: Spec) -> int:
     faulthandler.enable()
     log.setup(config, spec.role, spec.name)
     layout = KvLayout(
-        num_layers=1, num_kv_heads=1, head_dim=4, block_size=spec.block_size, dtype="float32"
+        num_layers=spec.num_layers,
+        num_kv_heads=1,
+        head_dim=4,
+        block_size=spec.block_size,
+        dtype="float32",
     )
     info = describe(spec)
     pool = SharedStubPool(spec.num_blocks, layout)
@@ -153,7 +157,11 @@ def describe(spec: Spec) -> WorkerInfo:
         content_id=spec.content_id,
         text_id="stub",
         layout=KvLayoutInfo(
-            block_size=spec.block_size, num_layers=1, num_kv_heads=1, head_dim=4, dtype="float32"
+            block_size=spec.block_size,
+            num_layers=spec.num_layers,
+            num_kv_heads=1,
+            head_dim=4,
+            dtype="float32",
         ),
         vocab_size=VOCAB,
         max_model_len=4096,

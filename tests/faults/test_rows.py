@@ -230,7 +230,7 @@ async def test_connections(way: str, name: str, network: dict[str, float], least
 # ------------------------------------------------------------ F16, F23, F26: identities
 
 
-@pytest.mark.parametrize("changes", [{"content_id": "other"}, {"block_size": 32}])
+@pytest.mark.parametrize("changes", [{"content_id": "other"}, {"num_layers": 2}])
 async def test_workers_that_do_not_match(changes: dict[str, object]) -> None:
     """F16, F23: another model or layout is refused at the first word, with the reason."""
     async with fleet("tcp") as workers:
