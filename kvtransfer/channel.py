@@ -8,7 +8,7 @@ import zmq
 import zmq.asyncio
 
 from common.curve import Caller
-from kvtransfer.sockets import LinkMonitor, make_dealer
+from kvtransfer.sockets import ControlSocket, LinkMonitor, prepare_dealer
 from kvtransfer.transport import Outlet
 
 
@@ -26,18 +26,19 @@ class Channel:
     ) -> None:
         """Raises zmq.ZMQError for an address that is none."""
         self.caller = caller
-        self.control = make_dealer(context)
+        self.control = ControlSocket(context, zmq.DEALER)
+        prepare_dealer(self.control.plain)
         for option, value in options.items():
-            self.control.setsockopt(option, value)
-        caller.prepare(self.control)
-        self.monitor = LinkMonitor(self.control)
+            self.control.plain.setsockopt(option, value)
+        caller.prepare(self.control.plain)
+        self.monitor = LinkMonitor(self.control.plain)
         self.outlet: Outlet | None = None
         self.has_carrier = False
         """A loop of the endpoint keeps `outlet` connected."""
         self.tasks: list[asyncio.Task[None]] = []
         """Loops of the endpoint that read these sockets; they end with the channel."""
         try:
-            self.control.connect(address)
+            self.control.plain.connect(address)
         except zmq.ZMQError:
             self.monitor.close()
             self.control.close(linger=0)

@@ -40,7 +40,7 @@ from kvtransfer.intake import Intake
 from kvtransfer.memory import BlockMemory
 from kvtransfer.receiver import Receiver
 from kvtransfer.sender import Sender
-from kvtransfer.sockets import send_now
+from kvtransfer.sockets import ControlSocket
 from kvtransfer.stats import TransferStats
 from kvtransfer.timers import Timers
 from kvtransfer.transport import Listener, Stream
@@ -115,15 +115,15 @@ class Endpoint:
         """Bind the sockets. Raises ConfigError if `host` cannot be bound."""
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._context = zmq.asyncio.Context()
-        self._control = self._context.socket(zmq.ROUTER)
+        self._control = ControlSocket(self._context, zmq.ROUTER)
         for option, value in self._options.items():
-            self._control.setsockopt(option, value)
-        self._control.setsockopt(zmq.ROUTER_MANDATORY, 1)
+            self._control.plain.setsockopt(option, value)
+        self._control.plain.setsockopt(zmq.ROUTER_MANDATORY, 1)
         if self._keys is not None:
             self._gate = Gate(self._context, self._keys)
-            self._keys.listen(self._control)
+            self._keys.listen(self._control.plain)
         try:
-            self._control.bind(f"tcp://{self._host}:*")
+            self._control.plain.bind(f"tcp://{self._host}:*")
             for name in self._transports:
                 try:
                     await self._listen(name)
@@ -139,7 +139,7 @@ class Endpoint:
         except (OSError, zmq.ZMQError) as error:
             await self.close()
             raise ConfigError(f"cannot bind a port of {self._host}: {error}") from error
-        self.address = self._control.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.address = self._control.plain.getsockopt_string(zmq.LAST_ENDPOINT)
         self._sender.address = self.address
         loops = [self._read_control(), self._tick(), *map(self._accept, self._transports)]
         self._tasks = [self._start(loop) for loop in loops]
@@ -222,7 +222,7 @@ class Endpoint:
 
     async def _read_control(self) -> None:
         while True:
-            frames = await self._control.recv_multipart()
+            frames = await self._control.receive()
             try:
                 if len(frames) != 2:
                     raise ProtocolError("control message of several frames")
@@ -274,7 +274,7 @@ class Endpoint:
 
     async def _read_answers(self, peer: Peer, channel: Channel) -> None:
         while True:
-            frames = await channel.control.recv_multipart()
+            frames = await channel.control.receive()
             try:
                 if len(frames) != 1:
                     raise ProtocolError("control message of several frames")
@@ -357,13 +357,13 @@ class Endpoint:
             if error == zmq.EHOSTUNREACH:
                 self._receiver.unreachable(route, time.monotonic())
         self._match_channels()
-        if not self._pumping:
+        if not self._pumping and self._sender.has_data:
             self._pumping = True
             asyncio.get_running_loop().call_soon(self._pump)
 
-    def _send(self, socket: zmq.asyncio.Socket, frames: list[bytes]) -> int:
+    def _send(self, socket: ControlSocket, frames: list[bytes]) -> int:
         """Send or drop, never wait: everything important is repeated. Returns the errno or 0."""
-        error = send_now(socket, frames)
+        error = socket.send(frames)
         if error:
             self._stats.dropped["unsent"] += 1
         return error

@@ -339,6 +339,11 @@ class Sender:
 
     # ------------------------------------------------------------ data
 
+    @property
+    def has_data(self) -> bool:
+        """Whether any transfer may have something to ship."""
+        return any(link.ring for link in self.links.values())
+
     def next_shipment(self, peer: Peer, now: float, in_place: bool = False) -> Shipment | None:
         """The next data message to this peer, round-robin over its transfers; None if nothing
         is queued or the window is full. The caller must send it. `in_place`: to a receiver that

@@ -5,11 +5,14 @@ Used for control links by `Endpoint` and for data by `zmq_transport`.
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import zmq
 import zmq.asyncio
 from zmq.utils.monitor import recv_monitor_message
+
+READS: Final = 64
+"""A control socket that is never empty leaves the loop to others after so many messages."""
 
 
 def send_now(socket: zmq.asyncio.Socket, frames: Sequence[bytes | memoryview | zmq.Frame]) -> int:
@@ -30,28 +33,87 @@ def is_writable(socket: zmq.asyncio.Socket) -> bool:
 
 
 def make_dealer(context: zmq.asyncio.Context) -> zmq.asyncio.Socket:
-    """A DEALER that queues only while it is connected: messages for a lost connection are
-    dropped, not kept for the next one."""
+    """A DEALER as `prepare_dealer` makes it."""
     socket = context.socket(zmq.DEALER)
+    prepare_dealer(socket)
+    return socket
+
+
+def prepare_dealer(socket: "zmq.asyncio.Socket | zmq.Socket[bytes]") -> None:
+    """Queue only while it is connected: messages for a lost connection are dropped, not kept for
+    the next one."""
     socket.setsockopt(zmq.IMMEDIATE, 1)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.RECONNECT_IVL, 50)
-    return socket
+
+
+class ControlSocket:
+    """A zmq socket of control messages in the running loop: read and written without a future for
+    each message, which would cost more than everything else that is done with it.
+
+    What tells the loop of new messages is an edge that any look at the socket takes away. So
+    whoever looks also says whether there are messages.
+    """
+
+    def __init__(self, context: zmq.asyncio.Context, kind: int) -> None:
+        self.plain: zmq.Socket[bytes] = zmq.Context.shadow(context).socket(kind)
+        self._loop = asyncio.get_running_loop()
+        self._fd: int = self.plain.getsockopt(zmq.FD)
+        self._is_ready = asyncio.Event()
+        self._read = 0
+        self._loop.add_reader(self._fd, self._is_ready.set)
+
+    async def receive(self) -> list[bytes]:
+        """The frames of the next message."""
+        self._read += 1
+        if self._read % READS == 0:
+            await asyncio.sleep(0)
+        while True:
+            try:
+                return self.plain.recv_multipart(zmq.DONTWAIT)
+            except zmq.Again:
+                self._is_ready.clear()
+                if not self._events() & zmq.POLLIN.value:
+                    await self._is_ready.wait()
+
+    def send(self, frames: Sequence[bytes]) -> int:
+        """Send a message or drop it. Returns 0, or the errno for which it was dropped."""
+        self._events()  # so that connections of this very moment are known
+        try:
+            self.plain.send_multipart(frames, zmq.DONTWAIT)
+            error = 0
+        except zmq.ZMQError as failure:
+            error = int(failure.errno or 0)
+        if self._events() & zmq.POLLIN.value:
+            self._is_ready.set()
+        return error
+
+    def close(self, linger: int) -> None:
+        self._loop.remove_reader(self._fd)
+        self.plain.close(linger=linger)
+
+    def _events(self) -> int:
+        return int(self.plain.getsockopt(zmq.EVENTS))
 
 
 class LinkMonitor:
     """Tells when the one connection of a DEALER comes up or is lost. Made before it connects."""
 
-    def __init__(self, socket: zmq.asyncio.Socket) -> None:
+    def __init__(self, socket: "zmq.asyncio.Socket | zmq.Socket[bytes]") -> None:
         self._socket = socket
-        self._monitor = socket.get_monitor_socket(
+        self._plain = socket.get_monitor_socket(
             zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+        )
+        self._monitor: zmq.asyncio.Socket = (
+            self._plain
+            if isinstance(self._plain, zmq.asyncio.Socket)
+            else zmq.asyncio.Socket.from_socket(self._plain)
         )
 
     async def changed(self) -> bool:
         """Wait for the next change: True is up, False is lost."""
         while True:
-            message = await recv_monitor_message(self._monitor)
+            message = await cast("Any", recv_monitor_message(self._monitor))
             if message["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 return True
             if message["event"] == zmq.EVENT_DISCONNECTED:
@@ -60,3 +122,4 @@ class LinkMonitor:
     def close(self) -> None:
         self._socket.disable_monitor()
         self._monitor.close(linger=0)
+        self._plain.close(linger=0)

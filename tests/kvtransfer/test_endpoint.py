@@ -234,7 +234,8 @@ async def test_layouts_must_be_equal() -> None:
         broken = await p.events.next(Broken)
         assert broken.reason == "refused"
         assert "num_kv_heads=2" in broken.detail and "num_kv_heads=1" in broken.detail
-        assert d.endpoint.stats().dropped == {"hello_layout": 1}
+        # The goodbye of the link may have come too, on a route that was refused.
+        assert d.endpoint.stats().dropped["hello_layout"] == 1
 
 
 async def test_an_address_where_nobody_is() -> None:
