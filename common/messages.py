@@ -37,6 +37,12 @@ class KvLayoutInfo(msgspec.Struct, frozen=True, kw_only=True):
     first_kv_head: int = 0
     """Of the model's heads, the first of the `num_kv_heads` that are held."""
 
+    @property
+    def token_bytes(self) -> int:
+        """KV of one token."""
+        values = 2 * self.num_layers * self.num_kv_heads * self.head_dim
+        return values * (4 if self.dtype == "float32" else 2)
+
 
 class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What a worker says of itself, in the registry and at the start of a link."""

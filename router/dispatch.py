@@ -13,13 +13,14 @@ import dataclasses
 import logging
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from common.blockhash import UNIT
 from common.errors import RequestError
 from common.link import RouterLink
-from common.messages import Cancel, Failed, Output
+from common.messages import Cancel, Failed, FetchFrom, Output
 from router.admission import refusal, ttft_limit
 from router.directory import Directory
 from router.errors import grammar_failed, internal, overloaded, unavailable
@@ -150,11 +151,13 @@ class Dispatcher:
         outputs = first.tokens
         assert len(choices) == 1 or not outputs
         num_tokens = len(request.prompt) + len(outputs)
+        hits = self._hits(request)
         view = View(
             num_tokens=num_tokens,
             num_choices=len(choices),
             remaining=request.remaining(first),
-            hits=self._hits(request),
+            hits=hits,
+            held=self._held(request, hits),
             avoid=frozenset(request.avoid | request.refused),
             avoid_pairs=frozenset(request.avoid_pairs),
             content_id=request.content_id,
@@ -180,6 +183,7 @@ class Dispatcher:
             prefill_tokens=placement.uncached,
             kv_tokens=num_tokens,
             first=request.first_token is None,
+            fetch=placement.fetch,
         )
         request.next_attempt += 1
         request.attempts[attempt.number] = attempt
@@ -187,14 +191,19 @@ class Dispatcher:
             request.content_id = self._fleet[worker].info.content_id
         self._explainer.placed(request, attempt, view, snapshot, placement)
         self._fleet.reserve(attempt)
-        self._send(request, attempt)
+        source = None
+        if placement.fetch is not None:
+            owner = self._fleet[placement.fetch].peer
+            source = FetchFrom(owner, hits[owner.id] // UNIT, placement.fetch_within_s)
+            self._metrics.fetches.inc()
+        self._send(request, attempt, source)
         return True
 
-    def _send(self, request: Request, attempt: Attempt) -> None:
+    def _send(self, request: Request, attempt: Attempt, fetch: FetchFrom | None) -> None:
         """`Prefill` to P and `Admit` to D, both at once."""
         prefill = self._fleet[attempt.prefill].peer if attempt.prefill is not None else None
         decode = self._fleet[attempt.decode].peer if attempt.decode is not None else None
-        for worker, message in assignments(request, attempt, prefill, decode):
+        for worker, message in assignments(request, attempt, prefill, decode, fetch):
             self._link.send(worker, message)
         mode = "local" if prefill is None else "remote" if decode is not None else "prefill_only"
         self._metrics.placements.labels(mode).inc()
@@ -219,6 +228,17 @@ class Dispatcher:
             blocks = self._directory.matches(content_id, block_size, hashes)
             hits.update((worker, num * block_size) for worker, num in blocks.items())
         return hits
+
+    def _held(self, request: Request, hits: Mapping[str, int]) -> dict[str, int]:
+        """What of that can be fetched: a worker that drains, hangs or failed this request gives
+        nothing."""
+        return {
+            worker: tokens
+            for worker, tokens in hits.items()
+            if (member := self._fleet.get(worker)) is not None
+            and member.state == "ready"
+            and worker not in request.avoid
+        }
 
     def _start(self, request: Request, choices: tuple[int, ...]) -> None:
         """Place `choices`, or queue them until a worker comes; first come, first served."""

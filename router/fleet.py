@@ -22,7 +22,10 @@ from router.request import Attempt
 
 log = logging.getLogger(__name__)
 
-
+FETCH_BPS: Final = 1e9
+"""Bytes per second of a fetch by a worker that has made none yet."""
+FETCH_BASE_S: Final = 0.005
+"""From the request for a prefix to its first block: messages, and a turn of the owner's engine."""
 FULL: Final = 2
 """Times as many sequences as it can run: a decode worker that has so many gets no more. What comes
 then waits at the router, which knows whose turn it is."""
@@ -146,6 +149,8 @@ class Member:
             ready=self.state == "ready" and not self.full and not suspended,
             cost=self.meter.model,
             chunk_tokens=self.info.max_num_batched_tokens,
+            fetch_s=self.info.layout.token_bytes / (self.load.fetch_bps or FETCH_BPS),
+            fetch_base_s=FETCH_BASE_S,
         )
 
 
@@ -290,7 +295,8 @@ class Fleet:
         member = self.get(attempt.prefill)
         # What a decode worker computes beside its residents says little of its speed, and a worker
         # that came back under its name never saw the prompt.
-        if member is not None and member.meter.waits_for(attempt):
+        # Nor does a prompt whose prefix was fetched first.
+        if member is not None and attempt.fetch is None and member.meter.waits_for(attempt):
             cached = attempt.kv_tokens - attempt.prefill_tokens
             member.meter.computed(attempt, attempt.prefill_tokens, cached, self._clock())
         self._end_prefill(attempt)

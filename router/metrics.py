@@ -94,6 +94,7 @@ class RouterMetrics:
         self.rejected = self._counter("http_errors", "HTTP error answers, by status", "status")
         self.resumes = self._counter("resumes", "Attempts that were placed anew, by cause", "cause")
         self.placements = self._counter("placements", "Attempts by way of prefill", "mode")
+        self.fetches = self._counter("fetches", "Attempts that fetch a prefix first")
         self.stale = self._counter("stale_outputs", "Outputs of attempts that are over")
         self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts")
         self.cached_tokens = self._counter(

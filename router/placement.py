@@ -74,6 +74,8 @@ class Candidate:
     """Prompt tokens that a decode worker computes in one step beside its residents."""
     fetch_s: float | None = None
     """Seconds per token of a prefix that another worker sends it; None: it cannot fetch."""
+    fetch_base_s: float = 0.0
+    """Seconds that any such fetch takes besides."""
 
     @property
     def wait_s(self) -> float:
@@ -120,6 +122,8 @@ class Placement:
     """The worker whose blocks the one that prefills fetches first."""
     ttft_s: float = field(default=0.0, compare=False)
     """Predicted seconds to the first token."""
+    fetch_within_s: float = field(default=0.0, compare=False)
+    """After so long the fetch would have saved nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,10 +136,11 @@ class _Plan:
     uncached: int
     fetch: str | None
     ttft_s: float
+    within_s: float
 
     def placement(self, decode: str | None) -> Placement:
         prefill = self.worker.id if self.worker.role == "prefill" else None
-        return Placement(prefill, decode, self.uncached, self.fetch, self.ttft_s)
+        return Placement(prefill, decode, self.uncached, self.fetch, self.ttft_s, self.within_s)
 
 
 def place(
@@ -150,7 +155,7 @@ def place(
         and worker.id not in view.avoid
         and view.content_id in (None, worker.content_id)
     ]
-    owner = max(view.held, key=lambda id: view.held[id], default=None)
+    owner = _owner(view, snapshot)
     plans = [_remote(view, p, owner, weights) for p in usable if p.role == "prefill"]
     if view.remaining == 1 and plans:
         return _cheapest(((p.score, p.load, p) for p in plans), rng).placement(None)
@@ -171,11 +176,11 @@ def place(
     return _cheapest(best, rng) if best else None
 
 
-def _remote(view: View, worker: Candidate, owner: str | None, weights: Weights) -> _Plan:
+def _remote(view: View, worker: Candidate, owner: Candidate | None, weights: Weights) -> _Plan:
     return _better(view, worker, owner, weights, 0.0)
 
 
-def _local(view: View, decode: Candidate, owner: str | None, weights: Weights) -> _Plan:
+def _local(view: View, decode: Candidate, owner: Candidate | None, weights: Weights) -> _Plan:
     """The decode worker computes a chunk in each of its steps."""
     cost = decode.cost
     step = cost.step(decode.num_seqs, decode.kv_tokens) if decode.num_seqs else 0.0
@@ -183,7 +188,7 @@ def _local(view: View, decode: Candidate, owner: str | None, weights: Weights) -
 
 
 def _better(
-    view: View, worker: Candidate, owner: str | None, weights: Weights, step: float
+    view: View, worker: Candidate, owner: Candidate | None, weights: Weights, step: float
 ) -> _Plan:
     """The better of computing all that the worker lacks and of fetching a part of it first.
 
@@ -199,16 +204,18 @@ def _better(
         return ready + weights.work * compute, ready + compute
 
     here = min(view.hits.get(worker.id, 0), total - 1)
-    new, fetch = total - here, None
+    new, fetch, within = total - here, None, 0.0
     score, ttft = after(wait, new)
-    if owner is not None and owner != worker.id and worker.fetch_s is not None:
-        held = min(view.held[owner], total - 1)
-        if held > here:
-            fetched = after(max(wait, (held - here) * worker.fetch_s), total - held)
+    if owner is not None and owner.id != worker.id and worker.fetch_s is not None:
+        held = min(view.held[owner.id], total - 1)
+        if held > here and _kind(owner) == _kind(worker):
+            way = worker.fetch_base_s + (held - here) * worker.fetch_s
+            fetched = after(max(wait, way), total - held)
             if fetched[0] < score:
-                (score, ttft), new, fetch = fetched, total - held, owner
+                within = score - after(0.0, total - held)[0]
+                (score, ttft), new, fetch = fetched, total - held, owner.id
     score += weights.hold * (total - here) * cost.token_s
-    return _Plan(score, _load(worker), worker, new, fetch, ttft)
+    return _Plan(score, _load(worker), worker, new, fetch, ttft, within)
 
 
 def _may_prefill(view: View, decode: Candidate, weights: Weights) -> bool:
@@ -255,6 +262,12 @@ class _Firsts:
 
     def _cheapest(self, group: Sequence[_Plan]) -> _Plan:
         return _cheapest(((p.score, p.load, p) for p in group), self._rng)
+
+
+def _owner(view: View, snapshot: Sequence[Candidate]) -> Candidate | None:
+    """The worker that most of the prompt can be fetched from."""
+    held = (worker for worker in snapshot if worker.id in view.held)
+    return max(held, key=lambda worker: view.held[worker.id], default=None)
 
 
 def _kind(worker: Candidate) -> tuple[str, KvLayoutInfo]:
@@ -310,11 +323,11 @@ class Weighed(msgspec.Struct, frozen=True, kw_only=True):
 
 def weigh(view: View, snapshot: Sequence[Candidate], weights: Weights = WEIGHTS) -> list[Weighed]:
     """The terms that `place` decides by, worker by worker."""
-    owner = max(view.held, key=lambda id: view.held[id], default=None)
+    owner = _owner(view, snapshot)
     return [_weigh(view, worker, owner, weights) for worker in snapshot]
 
 
-def _weigh(view: View, worker: Candidate, owner: str | None, weights: Weights) -> Weighed:
+def _weigh(view: View, worker: Candidate, owner: Candidate | None, weights: Weights) -> Weighed:
     decodes = worker.role == "decode"
     plan = (_local if decodes else _remote)(view, worker, owner, weights)
     uncached = plan.uncached

@@ -62,6 +62,8 @@ class Attempt:
     kv_tokens: int
     first: bool
     """Carries the whole request from its beginning: its cache hit is the one to report."""
+    fetch: str | None = None
+    """The worker from which whoever prefills fetches a prefix."""
     prefilled: bool = False
     """A first output came: the prompt is computed."""
     handed_over: bool = False

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from common.cost import CostModel
 from common.messages import KvLayoutInfo
@@ -157,6 +158,27 @@ def test_a_prefix_is_fetched_from_its_owner_rather_than_computed() -> None:
     assert go(view(hits={"p0": 800}), busy, fast, measured("d0")) == Placement("p1", "d0", 1000)
     idle = measured("p0", fetch_s=1e-5)
     assert go(asked, idle, fast, measured("d0")) == Placement("p0", "d0", 200)
+
+
+def test_a_prefix_is_fetched_from_a_worker_of_the_same_kind_only() -> None:
+    asked = view(hits={"p0": 800}, held={"p0": 800})
+    fast = measured("p1", fetch_s=1e-5)
+    for change in ({"content_id": "c1"}, {"layout": structs.replace(LAYOUT, head_dim=16)}):
+        busy = replace(measured("p0", queue_s=9.0), **change)
+        assert go(asked, busy, fast, measured("d0")) == Placement("p1", "d0", 1000)
+    other_size = structs.replace(LAYOUT, block_size=48)
+    busy = measured("p0", queue_s=9.0, layout=other_size)
+    assert go(asked, busy, fast, measured("d0")) == Placement("p1", "d0", 200, fetch="p0")
+
+
+def test_how_long_a_fetch_is_waited_for() -> None:
+    busy, fast = measured("p0", queue_s=9.0), measured("p1", fetch_s=1e-5, fetch_base_s=0.01)
+    placed = go(view(hits={"p0": 800}, held={"p0": 800}), busy, fast, measured("d0"))
+    assert placed == Placement("p1", "d0", 200, fetch="p0")
+    # As long as computing the 800 tokens would take, and hold up those behind.
+    assert placed is not None and placed.fetch_within_s == pytest.approx(4 * 0.8)
+    far = measured("p1", fetch_s=1e-5, fetch_base_s=4.0)
+    assert go(view(held={"p0": 800}), busy, far, measured("d0")) == Placement("p1", "d0", 1000)
 
 
 def test_the_way_of_a_prefix_is_hidden_by_the_queue() -> None:
