@@ -65,7 +65,11 @@ def _tradeoff(
     axes.set_xscale("log")
     axes.set_yscale("log")
     shown = [
-        (number_, curve, [s for s in curve.samples if s.ttft is not None and s.tpot is not None])
+        (
+            number_,
+            curve,
+            [s for s in curve.samples if _is_positive(s.ttft) and _is_positive(s.tpot)],
+        )
         for number_, curve in enumerate(curves)
     ]
     ttfts = [s.ttft.value for _, _, samples in shown for s in samples if s.ttft]
@@ -175,6 +179,12 @@ def _line(axes: Axes, index: int, x: Sequence[float], y: Sequence[float]) -> Non
 def _band(axes: Axes, index: int, x: Sequence[float], y: Sequence[Estimate]) -> None:
     low, high = [e.low for e in y], [e.high for e in y]
     axes.fill_between(x, low, high, color=_colour(index), alpha=0.16, lw=0)
+
+
+def _is_positive(estimate: Estimate | None) -> bool:
+    """There it is, and a logarithmic scale can show it: tokens that a client reads all at once
+    have a TPOT of 0."""
+    return estimate is not None and estimate.value > 0
 
 
 def _log_limits(values: Sequence[float]) -> tuple[float, float]:

@@ -117,11 +117,12 @@ def turn(
             {"contender": contender.name, "rate": rate, "repeat": repeat, "figures": figures}
         )
         misses = figures["errors"] + figures["rejected"]
-        ttft, tpot = (figures[f"{args.percentile}_{name}_ms"] for name in ("ttft", "tpot"))
+        times = (figures[f"{args.percentile}_{name}_ms"] for name in ("ttft", "tpot"))
+        ttft, tpot = (math.nan if time is None else time for time in times)
         print(
             f"#{repeat + 1} {contender.name:<14}{rate:>8g}/s  within SLOs "
-            f"{figures['slo_attainment']:>4.0%}  TTFT {ttft or math.nan:.0f} ms, TPOT "
-            f"{tpot or math.nan:.1f} ms" + (f"  {misses} failed" if misses else ""),
+            f"{figures['slo_attainment']:>4.0%}  TTFT {ttft:.0f} ms, TPOT "
+            f"{tpot:.1f} ms" + (f"  {misses} failed" if misses else ""),
             flush=True,
         )
     return points

@@ -311,6 +311,16 @@ class Dispatcher:
             self._metrics.stale.inc()
             self._link.send(worker, Cancel(output.request, output.attempt))
             return
+        if request.awaits_scores(attempt, worker):
+            attempt.early.append(output)
+            return
+        self._take(worker, output, request, attempt)
+        early, attempt.early = attempt.early, []
+        for held in early:
+            assert attempt.decode is not None
+            self.take(attempt.decode, held)
+
+    def _take(self, worker: str, output: Output, request: Request, attempt: Attempt) -> None:
         if not attempt.prefilled:
             self._fleet.prefilled(attempt)
         if attempt.prefill is not None and worker == attempt.decode and not attempt.handed_over:

@@ -68,6 +68,8 @@ class Attempt:
     """A first output came: the prompt is computed."""
     handed_over: bool = False
     """The decode worker spoke after a prefill worker: the latter is not needed any more."""
+    early: list[Output] = field(default_factory=list)
+    """Outputs of the decode worker that wait for the prefill worker's first."""
 
     def needs(self, worker_id: str) -> bool:
         """The attempt cannot go on without this worker."""
@@ -226,6 +228,13 @@ class Request:
         self.failures += 1
         for worker in workers:
             self._blamed[worker] = self.next_attempt
+
+    def awaits_scores(self, attempt: Attempt, worker: str) -> bool:
+        """The log-probabilities of the prompt are still to come, from the prefill worker alone:
+        nothing that `worker` sends can be shown before."""
+        if self.params.prompt_logprobs is None or attempt.prefilled:
+            return False
+        return attempt.prefill not in (None, worker)
 
     def take(self, output: Output) -> Delta | None:
         """The new part of an output; None if all of it was known.

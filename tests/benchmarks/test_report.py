@@ -75,6 +75,15 @@ def test_pictures_follow_the_theme() -> None:
     assert again["goodput"][0] == drawn["goodput"][0]
 
 
+def test_answers_that_came_all_at_once_have_no_place_on_the_scale() -> None:
+    found = document()
+    for point in found["points"]:
+        if point["contender"] != "old":
+            point["figures"]["p90_tpot_ms"] = 0.0
+    drawn = plots.draw(curves.build(found), {"ttft": 500.0}, 0.9, "p90", "core")
+    assert all(ElementTree.fromstring(svg) is not None for svg, _ in drawn.values())
+
+
 def test_an_earlier_sweep_is_drawn_anew(written: Path, tmp_path: Path) -> None:
     argv = ["--render", str(written / "sweep.json"), "--output", str(tmp_path)]
     assert sweep.main(argv) == 0

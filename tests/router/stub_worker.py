@@ -86,6 +86,7 @@ class _Sequence:
     cached_tokens: int
     awaits_kv: bool
     script: Sequence[int] = ()
+    prefills: bool = True
 
     def step(self) -> Output:
         """One more token."""
@@ -107,6 +108,9 @@ class _Sequence:
         if params.logprobs is not None:
             top = tuple((4 + i, -1.0 - i) for i in range(params.logprobs))
             logprobs = (TokenLogprob(token, -0.5, top),)
+        scores: tuple[TokenLogprob, ...] = ()
+        if params.prompt_logprobs is not None and self.prefills and index == 0:
+            scores = tuple(TokenLogprob(t, -0.25, ()) for t in self.tokens[1 : self.prompt_len])
         cached, self.cached_tokens = self.cached_tokens, -1
         return Output(
             self.request,
@@ -118,6 +122,7 @@ class _Sequence:
             token if is_stop else -1,
             logprobs,
             cached,
+            scores,
         )
 
 
@@ -158,6 +163,8 @@ class StubWorker:
         """What every answer consists of; nothing: tokens that follow from prompt and seed."""
         self.mute = False
         """Inspect is not answered."""
+        self.unsaid: list[tuple[bytes, Step]] | None = None
+        """Steps that were computed and do not get out yet; None: they are sent at once."""
         self.ends_at = 1 << 30
         """Steps after which the gate closes by itself."""
         self._handoffs = handoffs
@@ -217,6 +224,12 @@ class StubWorker:
     def tell(self, router: bytes, message: ToRouter) -> None:
         self._link.send(router, message)
 
+    def speak(self) -> None:
+        """Send what was held back, and whatever comes from now on."""
+        unsaid, self.unsaid = self.unsaid or [], None
+        for router, step in unsaid:
+            self._link.send(router, step)
+
     def leaving(self) -> None:
         """Announce a drain to every router that has work here."""
         for router in {sequence.router for sequence in self._running}:
@@ -272,6 +285,7 @@ class StubWorker:
                     self.cached_tokens if prefills else -1,
                     not prefills,
                     self.script,
+                    prefills,
                 )
             )
         self._wake.set()
@@ -318,7 +332,11 @@ class StubWorker:
             if output.finish or self.info.role == "prefill":
                 self._running.remove(sequence)
         for router, some in outputs.items():
-            self._link.send(router, Step(tuple(some), self.load()))
+            step = Step(tuple(some), self.load())
+            if self.unsaid is None:
+                self._link.send(router, step)
+            else:
+                self.unsaid.append((router, step))
         for output in prefilled:
             self._handoffs.add(output)
         if self.steps >= self.ends_at:

@@ -170,6 +170,22 @@ async def test_prompts_in_every_form(deploy: Deploy) -> None:
             assert data["usage"]["prompt_tokens"] == sum(map(len, prompts))
 
 
+async def test_scores_of_the_prompt_come_from_the_prefill_worker_however_late(
+    deploy: Deploy,
+) -> None:
+    async with deploy() as served:
+        prefill, decode = served.prefills[0], served.decodes[0]
+        prefill.unsaid = []
+        body = {"prompt": [5, 6, 7, 8], "max_tokens": 3, "n": 2, "echo": True, "logprobs": 1}
+        asked = asyncio.create_task(served.http.post("/v1/completions", json=body))
+        # The decode worker has written the whole answer before the first word of the other.
+        await until(lambda: decode.steps >= 3 and not decode.num_running)
+        prefill.speak()
+        for choice in (await asked).json()["choices"]:
+            logprobs = choice["logprobs"]["token_logprobs"]
+            assert logprobs == [None, -0.25, -0.25, -0.25, -0.5, -0.5, -0.5]
+
+
 async def test_echo_puts_the_prompt_first(deploy: Deploy) -> None:
     async with deploy() as served:
         params = {"prompt": ["the tide", "boats"], "max_tokens": 2, "seed": 1}
