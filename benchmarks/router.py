@@ -38,7 +38,7 @@ from router.index import BlockIndex
 MODEL: Final = ROOT / "deploy" / "demo" / "model"
 GAPS_MS: Final = (0, 20)
 BODY: Final = json.dumps(
-    {"prompt": "A list in Python is a sequence of values. " * 8, "max_tokens": 32,
+    {"model": "demo", "prompt": "A list in Python is a sequence of values. " * 8, "max_tokens": 32,
      "temperature": 0, "stream": True, "ignore_eos": True}
 ).encode()  # fmt: skip
 REQUEST: Final = (
@@ -179,8 +179,9 @@ class Bench:
         redis = self.redis()
         self.stub("worker", str(gap_ms), redis, str(MODEL))
         port = free_port()
-        flags = ("--model", str(MODEL), "--redis", redis, "--port", str(port))
-        process = self.start(sys.executable, "-m", "deploy.cli", "router", *flags)
+        flags = ("--model", str(MODEL), "--served-model-name", "demo", "--redis", redis)
+        argv = (sys.executable, "-m", "deploy.cli", "router", *flags, "--port", str(port))
+        process = self.start(*argv)
         return Target("tandem", port, psutil.Process(process.pid))
 
 
