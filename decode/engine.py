@@ -83,6 +83,10 @@ class DecodeEngine(FetchingEngine):
     def sends(self, attempt: AttemptId) -> bool:
         return False
 
+    @property
+    def is_short(self) -> bool:
+        return self.scheduler.is_short
+
     def headroom(self) -> int:
         return self.scheduler.num_seats
 

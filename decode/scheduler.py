@@ -2,9 +2,9 @@
 
 Everything that needs blocks stands in one queue in order of arrival: prompts to be prefilled
 here, preempted sequences, and handovers whose prefill worker asked for slots. The head of the
-queue is never overtaken for blocks, so nothing starves. When a running sequence needs a block and
-there is none, the newest one is preempted; the oldest always goes on, so nothing livelocks.
-Used by `decode.engine`, in the engine thread.
+queue is never overtaken for blocks, nor do fetches get any while it waits for them (`is_short`), so
+nothing starves. When a running sequence needs a block and there is none, the newest one is
+preempted; the oldest always goes on, so nothing livelocks. Used by `decode.engine`, in its thread.
 """
 
 from bisect import insort
@@ -52,7 +52,14 @@ class DecodeScheduler:
         self.receiving: list[Handover] = []
         self.running: list[Sequence] = []
         self.num_lent = 0
-        """Grants of fetches, and of dropped attempts, that the I/O thread has not given back."""
+        """Fetches, here or elsewhere, and dropped attempts whose blocks the I/O thread has."""
+        self._short: Sequence | Handover | None = None
+        """Found too few blocks when it was last its turn."""
+
+    @property
+    def is_short(self) -> bool:
+        """The head of the queue waits for blocks."""
+        return self._short in self.waiting
 
     @property
     def num_seats(self) -> int:
@@ -146,8 +153,8 @@ class DecodeScheduler:
         while (fresh := self.blocks.allocate(1)) is None:
             newest = self.running[-1]
             if newest is sequence and len(self.running) == 1:
-                # Alone, and it fits the pool: the missing blocks are granted to handovers. They
-                # come back, or become a newer sequence that can be preempted.
+                # Alone, and it fits the pool: the missing blocks are granted to handovers or lent
+                # to fetches. They come back, or become a newer sequence that can be preempted.
                 assert self.receiving or self.num_lent, self.blocks.ledger()
                 return False
             self._preempt(newest, plan)
@@ -166,6 +173,8 @@ class DecodeScheduler:
         """Serve the queue in order, until somebody lacks blocks or a seat."""
         for candidate in list(self.waiting):
             if isinstance(candidate, Sequence) and budget <= 0:
+                if candidate is self._short:
+                    break
                 continue  # wants no blocks yet
             seats = self.num_seats
             if seats and seats + len(candidate.choices) > self.limits.max_num_seqs:
@@ -174,10 +183,12 @@ class DecodeScheduler:
             headroom = seats
             if isinstance(candidate, Handover):
                 if not self._grant(candidate, headroom):
+                    self._short = candidate
                     break
                 plan.granted.append(candidate)
             else:
                 if not start(candidate, self.blocks, self.limits, headroom):
+                    self._short = candidate
                     break
                 self.waiting.remove(candidate)
                 self.run(candidate)

@@ -101,12 +101,17 @@ class FetchingEngine(Engine):
     def sends(self, attempt: AttemptId) -> bool:
         """A transfer of this name goes out from here already."""
 
+    @property
+    @abstractmethod
+    def is_short(self) -> bool:
+        """Who is next in the queue waits for blocks: fetches, here or elsewhere, get none."""
+
     def headroom(self) -> int:
-        """Blocks that a fetch must leave available."""
+        """Blocks that a fetch, here or elsewhere, must leave available."""
         return 0
 
     def lend(self, change: int) -> None:
-        """So many more fetches (-1: one less) have slots that come back by themselves."""
+        """So many more fetches (-1: one less) hold blocks that come back by themselves."""
 
     # -------------------------------------------------------- for the role
 
@@ -179,6 +184,7 @@ class FetchingEngine(Engine):
             case Ticketed(key) if key in self._given:
                 pass
             case Delivered(key) | Broken(key) if key in self._given:
+                self.lend(-1)
                 self.blocks.unlease(self._given.pop(key))
             case _:
                 return False
@@ -203,11 +209,15 @@ class FetchingEngine(Engine):
         if (wanted.source.id, wanted.source.epoch) != (owner.id, owner.epoch):
             self._refuse(key, "peer")
             return
+        if self.now >= fetching.until:
+            self._refuse(key, "late")
+            return
         count = min(self._usable(sequence), wanted.num_tokens // self.limits.block_size)
         pinned = self.blocks.match(sequence.hashes[:count])
         missing = count - len(pinned)
         reserved = None
-        if missing and self.blocks.num_available >= missing + self.headroom():
+        has_room = self.blocks.num_available >= missing + self.headroom()
+        if missing and has_room and not self.is_short:
             reserved = self.blocks.reserve(missing)
         if reserved is None:
             self.blocks.release(pinned)
@@ -253,15 +263,16 @@ class FetchingEngine(Engine):
 
     def _give(self, key: Key, peer: Peer, hashes: bytes) -> None:
         """Offer the longest run of this chain that is held; at most half the pool is given away
-        at a time."""
+        at a time, and nothing that somebody here needs now."""
         if key in self._given:
             return
         per_block = self.limits.block_size // UNIT * HASH_BYTES
         ends = range(per_block, len(hashes) + 1, per_block)
         names = [BlockHash(hashes[end - HASH_BYTES : end]) for end in ends]
         held = self.blocks.peek(names)
-        room = self.limits.num_blocks // 2 - sum(len(given) for given in self._given.values())
-        count = min(held, room)
+        given = sum(len(given) for given in self._given.values())
+        spare = self.blocks.num_available - self.headroom()
+        count = 0 if self.is_short else min(held, self.limits.num_blocks // 2 - given, spare)
         if self.drain_until is not None or count < 1 or self.sends(key):
             reason = "draining" if self.drain_until is not None else "busy" if held else "gone"
             self.outbox.append(Ship(Decline(key, peer, reason)))
@@ -269,6 +280,7 @@ class FetchingEngine(Engine):
         run = self._given[key] = self.blocks.match(names[:count])
         self.blocks.lease(run)
         self.blocks.release(run)
+        self.lend(1)
         size = self.limits.block_size
         refs = tuple(BlockRef(i, block, size) for i, block in enumerate(run))
         for command in (Open(key, peer, count * size), Offer(key, refs), Close(key, ())):

@@ -71,6 +71,10 @@ class PrefillEngine(FetchingEngine):
     def sends(self, attempt: AttemptId) -> bool:
         return attempt in self._prompts or attempt in self._fenced
 
+    @property
+    def is_short(self) -> bool:
+        return self.scheduler.is_short
+
     def attempts(self) -> Iterable[tuple[AttemptId, bytes]]:
         return [(a, prompt.sequence.router) for a, prompt in self._prompts.items()]
 

@@ -2,9 +2,10 @@
 
 A short prompt does not wait for all of a long one: every step serves whoever has least left. Who
 waits ages by the tokens that are computed meanwhile, so a prompt waits for at most as many tokens
-of later ones as it has itself. A prompt gets all its blocks when its first chunk is scheduled, so a
-started prompt never waits for memory. Used by `prefill.engine`, in the engine thread; owns the
-queue, not the transfers.
+of later ones as it has itself. Priorities decide who starts: a started prompt, which holds blocks
+here and slots at its decode worker, counts as one of the first priority. A prompt gets all its
+blocks when its first chunk is scheduled, so a started prompt never waits for memory. Used by
+`prefill.engine`, in the engine thread; owns the queue, not the transfers.
 """
 
 from collections import Counter
@@ -34,11 +35,13 @@ class Prompt:
     arrival: int = 0
     """Tokens that the worker had computed when the prompt came."""
 
-    @property
-    def turn(self) -> tuple[int, int]:
+    def turn(self, first_priority: int) -> tuple[int, int]:
         """Sorts prompts into the order in which they are served: priority, then the tokens left
-        less those that it has waited for (all ages grow alike: only differences count)."""
-        return self.sequence.priority, self.sequence.num_pending + self.arrival
+        less those that it has waited for (all ages grow alike: only differences count).
+
+        `first_priority`: of all prompts here; those that started share it."""
+        priority = first_priority if self.started else self.sequence.priority
+        return priority, self.sequence.num_pending + self.arrival
 
     @property
     def is_held(self) -> bool:
@@ -57,6 +60,13 @@ class PrefillScheduler:
         self.running: list[Prompt] = []
         self.shipping: list[Prompt] = []
         self._num_computed = 0
+        self._short: Prompt | None = None
+        """Found too few blocks when it was last its turn to start."""
+
+    @property
+    def is_short(self) -> bool:
+        """Who is to start next waits for blocks."""
+        return self._short in self.waiting
 
     @property
     def num_held(self) -> int:
@@ -78,8 +88,10 @@ class PrefillScheduler:
         chunks: list[Chunk] = []
         started: list[Prompt] = []
         may_start = True
+        prompts = (*self.running, *self.waiting)
+        first = min((prompt.sequence.priority for prompt in prompts), default=0)
         # Of equal turns the older one: sorting keeps order, and who runs came before who waits.
-        for prompt in sorted((*self.running, *self.waiting), key=lambda prompt: prompt.turn):
+        for prompt in sorted(prompts, key=lambda prompt: prompt.turn(first)):
             if budget <= 0:
                 break
             if not prompt.started:
@@ -87,7 +99,8 @@ class PrefillScheduler:
                     continue
                 may_start = len(self.running) < self.limits.max_num_seqs
                 # Nobody overtakes for blocks: a large prompt would never find enough.
-                may_start = may_start and start(prompt.sequence, self.blocks, self.limits)
+                if may_start and not start(prompt.sequence, self.blocks, self.limits):
+                    may_start, self._short = False, prompt
                 if not may_start:
                     continue
                 self.waiting.remove(prompt)

@@ -7,15 +7,34 @@ import pytest
 
 from common.blockhash import pack_tokens
 from common.events import Drain, FromRouter, Reset, RouterGone, Send, Ship
-from common.messages import Admit, Cancel, Failed, Inspect, Inspected, Peer, Prefill
+from common.messages import (
+    Admit,
+    Cancel,
+    Failed,
+    FetchFrom,
+    Inspect,
+    Inspected,
+    Peer,
+    Prefill,
+    Step,
+)
 from common.sampling import SamplingParams
 from decode.engine import DecodeEngine
 from kvtransfer.commands import (
     Arrived,
+    BlockRef,
+    Close,
+    Decline,
+    Delivered,
+    EndFetch,
+    Fetch,
     First,
     Grant,
     Key,
+    Offer,
+    Open,
     Refuse,
+    Requested,
     Returned,
     Revoke,
     Slot,
@@ -322,7 +341,12 @@ def test_lost_transfer_fails_the_attempt_and_keeps_what_landed() -> None:
     assert len(pair.decode.blocks.cached_hashes()) == landed
 
 
-def admit(request: int, tokens: list[int], prefill: Peer | None = P_PEER) -> FromRouter:
+def admit(
+    request: int,
+    tokens: list[int],
+    prefill: Peer | None = P_PEER,
+    fetch: FetchFrom | None = None,
+) -> FromRouter:
     params = SamplingParams(max_tokens=5, seed=request)
     work = Admit(
         request=request,
@@ -332,6 +356,7 @@ def admit(request: int, tokens: list[int], prefill: Peer | None = P_PEER) -> Fro
         choices=(0,),
         params=params,
         prefill=prefill,
+        fetch=fetch,
     )
     return FromRouter(ROUTER, work)
 
@@ -340,6 +365,83 @@ def shipped(decode: DecodeEngine) -> list[object]:
     """The commands of one turn in which nothing is computed."""
     assert decode.next_batch() == []
     return [item.command for item in decode.flush() if isinstance(item, Ship)]
+
+
+def computed(decode: DecodeEngine) -> list[int]:
+    """The tokens of the steps until there is nothing to compute."""
+    tokens: list[int] = []
+    while batch := decode.next_batch():
+        decode.settle(batch, decode.step(batch))
+        for item in decode.flush():
+            if isinstance(item, Send) and isinstance(item.message, Step):
+                tokens += [token for output in item.message.outputs for token in output.tokens]
+    return tokens
+
+
+def tokens_of(request: int, prompt_len: int) -> list[int]:
+    """What `admit` asks for."""
+    return expected(prompt_len, SamplingParams(max_tokens=5, seed=request))
+
+
+def test_the_last_sequence_waits_for_blocks_that_are_given_to_a_fetch() -> None:
+    decode = DecodeEngine(*stub_parts(4, "decode"))
+    decode.take(admit(1, prompt_of(32), None), 0.0)
+    assert computed(decode) == tokens_of(1, 32)
+    held = b"".join(decode.blocks.cached_hashes())
+    decode.take(Requested(Key(9, 0), P_PEER, held), 0.0)
+    decode.take(admit(2, prompt_of(30, seed=2), None), 0.0)
+    assert computed(decode) == tokens_of(2, 30)[:3]  # two blocks are full
+    ledger = decode.blocks.ledger()
+    assert (ledger.in_use, ledger.leased) == (2, 2)
+    decode.take(Delivered(Key(9, 0), 2, 0), 0.0)
+    assert computed(decode) == tokens_of(2, 30)[3:]
+    assert decode.idle() and decode.scheduler.num_lent == 0
+
+
+def test_fetches_take_no_blocks_that_the_queue_waits_for() -> None:
+    decode = DecodeEngine(*stub_parts(8, "decode"))
+    decode.take(admit(1, prompt_of(32), None), 0.0)
+    assert computed(decode) == tokens_of(1, 32)
+    held = b"".join(decode.blocks.cached_hashes())
+    fetch = FetchFrom(P_PEER, 3, 60.0)
+    decode.take(admit(2, prompt_of(60, seed=2), None, fetch), 0.0)
+    for request, length in ((3, 70), (4, 50)):
+        decode.take(admit(request, prompt_of(length, seed=request)), 0.0)
+        decode.take(Wanted(Key(request, 0), P_PEER, length), 0.0)
+    assert [type(command) for command in shipped(decode)] == [Fetch, Grant, Wait]
+    # 3 of 8 blocks are left: too few for 4, and so none for a fetch, here or elsewhere.
+    decode.take(Wanted(Key(2, 0), P_PEER, 16), 0.0)
+    decode.take(Requested(Key(9, 0), P_PEER, held), 0.0)
+    assert shipped(decode) == [
+        EndFetch(Key(2, 0)),
+        Refuse(Key(2, 0), "no_blocks"),
+        Decline(Key(9, 0), P_PEER, "busy"),
+    ]
+    for request in (2, 4):
+        decode.take(FromRouter(ROUTER, Cancel(request, 0)), 0.0)
+    for request in (9, 10):
+        decode.take(Requested(Key(request, 0), P_PEER, held), 0.0)
+    # The last block is the next one of 3.
+    assert shipped(decode) == [
+        Refuse(Key(4, 0), "gone"),
+        Open(Key(9, 0), P_PEER, 32),
+        Offer(Key(9, 0), (BlockRef(0, 0, 16), BlockRef(1, 1, 16))),
+        Close(Key(9, 0), ()),
+        Decline(Key(10, 0), P_PEER, "busy"),
+    ]
+    decode.blocks.check()
+
+
+def test_an_offer_that_comes_too_late_takes_no_blocks() -> None:
+    decode = DecodeEngine(*stub_parts(8, "decode"))
+    decode.take(admit(1, prompt_of(60), None, FetchFrom(P_PEER, 3, 2.0)), 10.0)
+    assert [type(command) for command in shipped(decode)] == [Fetch]
+    decode.take(Wanted(Key(1, 0), P_PEER, 48), 12.0)
+    commands = [item.command for item in decode.flush() if isinstance(item, Ship)]
+    assert commands == [EndFetch(Key(1, 0)), Refuse(Key(1, 0), "gone")]
+    assert decode.blocks.ledger().receiving == 0
+    assert decode.metrics.fetches.labels("late")._value.get() == 1
+    assert computed(decode) == tokens_of(1, 60)
 
 
 def test_request_for_slots_before_its_admit() -> None:

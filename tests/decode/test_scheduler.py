@@ -92,11 +92,12 @@ def test_slots_are_granted_in_order_with_headroom() -> None:
     # 5 of the 6 free blocks, one is left for the running sequence; the small one has to wait.
     assert plan.granted == [big] and rows == [(1, 20, 1)]
     assert big.slots == tuple(Slot(i, b, 1) for i, b in enumerate(range(2, 7)))
-    assert decide(scheduler)[1].granted == []
+    assert scheduler.is_short
+    assert decide(scheduler)[1].granted == [] and scheduler.is_short
     scheduler.remove(big)
     kept = big.land(scheduler.blocks, [0, 1, 2, 3, 4])
     scheduler.blocks.release(kept)
-    assert decide(scheduler)[1].granted == [small]
+    assert decide(scheduler)[1].granted == [small] and not scheduler.is_short
     scheduler.remove(small)
     scheduler.blocks.release(small.land(scheduler.blocks, []))
     # What landed is cached: the same prompt needs no slot any more, and nothing is shipped.
@@ -106,6 +107,18 @@ def test_slots_are_granted_in_order_with_headroom() -> None:
     scheduler.add(again)
     _, plan = decide(scheduler)
     assert plan.granted == [again] and again.slots == ()
+
+
+def test_who_waits_for_blocks_is_not_overtaken_when_tokens_run_out() -> None:
+    scheduler = make(12, max_num_batched_tokens=16)
+    scheduler.add(sequence(2, 16))
+    decide(scheduler)
+    scheduler.add(sequence(3, 170))
+    assert decide(scheduler)[0] == [(2, 16, 1)] and scheduler.is_short
+    scheduler.add(sequence(1, 40))
+    scheduler.add(handover(4, 16))
+    rows, plan = decide(scheduler)
+    assert rows == [(2, 17, 1), (1, 0, 15)] and plan.granted == []
 
 
 def test_a_pool_just_large_enough_for_one() -> None:

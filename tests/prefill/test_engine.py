@@ -11,11 +11,13 @@ from kvtransfer.commands import (
     BlockRef,
     Broken,
     Close,
+    Decline,
     Delivered,
     First,
     Key,
     Offer,
     Open,
+    Requested,
     Ticketed,
 )
 from prefill.engine import PrefillEngine
@@ -177,6 +179,26 @@ def test_a_decode_worker_that_takes_nothing_holds_half_the_pool_at_most() -> Non
         engine.take(Ticketed(Key(request, 0), 3), 0.0)
     step(engine)
     assert [p.sequence.request for p in engine.scheduler.shipping] == [1, 2, 4, 3]
+
+
+def test_nothing_is_given_away_while_a_prompt_waits_for_blocks() -> None:
+    engine = make_engine(8)
+    engine.take(work(1, prompt_of(32, seed=1), decode=None, max_tokens=1), 0.0)
+    step(engine)
+    held = b"".join(engine.blocks.cached_hashes())
+    engine.take(work(2, prompt_of(90, seed=2)), 0.0)
+    step(engine)
+    engine.take(work(3, prompt_of(50, seed=3), decode=None, max_tokens=1), 0.0)
+    step(engine)  # 2 is computed, and its 6 blocks leave too few for 3
+    engine.take(Requested(Key(9, 0), D_PEER, held), 0.0)
+    assert step(engine)[0] == [Decline(Key(9, 0), D_PEER, "busy")]
+    engine.take(FromRouter(ROUTER, Cancel(3, 0)), 0.0)
+    engine.take(Requested(Key(9, 0), D_PEER, held), 0.0)
+    assert step(engine)[0] == [
+        Open(Key(9, 0), D_PEER, 32),
+        Offer(Key(9, 0), (BlockRef(0, 0, 16), BlockRef(1, 1, 16))),
+        Close(Key(9, 0), ()),
+    ]
 
 
 def test_a_prompt_larger_than_half_the_pool_starts_alone() -> None:

@@ -13,14 +13,14 @@ def make(num_blocks: int, **changes: object) -> PrefillScheduler:
     return PrefillScheduler(BlockManager(num_blocks), stub_limits(num_blocks, **changes))
 
 
-def prompt(request: int, length: int, first: int = 0) -> Prompt:
+def prompt(request: int, length: int, first: int = 0, priority: int = 0) -> Prompt:
     sequence = Sequence(
         request=request,
         attempt=0,
         choices=(0,),
         tokens=[first or request] * length,
         prompt_len=length,
-        params=SamplingParams(max_tokens=5),
+        params=SamplingParams(max_tokens=5, priority=priority),
         router=b"r",
         parent=seed("stub"),
     )
@@ -71,6 +71,30 @@ def test_who_waits_ages() -> None:
     assert served == [2, 3, 1, 1, 1, 4]
 
 
+def test_priority_decides_who_starts() -> None:
+    scheduler = make(64, max_num_batched_tokens=32)
+    scheduler.add(prompt(1, 32, priority=1))
+    scheduler.add(prompt(2, 64))
+    assert [decide(scheduler) for _ in range(2)] == [[(2, 0, 32)], [(2, 32, 32)]]
+    assert decide(scheduler) == [(1, 0, 32)]
+
+
+def test_a_started_prompt_goes_on_whatever_its_priority() -> None:
+    """It ages among prompts of the first priority, or they would starve it for ever."""
+    scheduler = make(64, max_num_batched_tokens=32)
+    scheduler.add(prompt(1, 96, priority=1))
+    assert decide(scheduler) == [(1, 0, 32)]
+    scheduler.add(prompt(2, 16))
+    assert decide(scheduler) == [(2, 0, 16), (1, 32, 16)]
+    served = []
+    for request in range(3, 7):
+        scheduler.add(prompt(request, 32))
+        served += [request for request, _, _ in decide(scheduler)]
+    assert served == [1, 1, 3, 3, 4, 4, 5]
+    scheduler.add(prompt(8, 16, priority=1))
+    assert [request for request, _, _ in decide(scheduler)] == [5, 6]
+
+
 def test_all_blocks_or_nothing_and_no_overtaking_for_blocks() -> None:
     scheduler = make(6, max_num_batched_tokens=16)
     scheduler.add(prompt(1, 60))
@@ -79,9 +103,12 @@ def test_all_blocks_or_nothing_and_no_overtaking_for_blocks() -> None:
     scheduler.add(prompt(2, 40))
     assert [decide(scheduler) for _ in range(2)] == [[(1, 16, 16)], [(1, 32, 16)]]
     scheduler.add(prompt(3, 10))
+    assert not scheduler.is_short  # nobody's turn came
     # 2 needs 3 blocks and there are 2; 3 would fit, but waits behind it: 2 has waited longer.
     assert decide(scheduler) == [(1, 48, 12)]
+    assert scheduler.is_short
     assert decide(scheduler) == [(2, 0, 16)]
+    assert not scheduler.is_short
     assert [decide(scheduler) for _ in range(2)] == [[(2, 16, 16)], [(2, 32, 8), (3, 0, 8)]]
 
 
