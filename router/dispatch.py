@@ -13,7 +13,7 @@ import dataclasses
 import logging
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -31,16 +31,13 @@ from router.metrics import RouterMetrics
 from router.placement import View, place
 from router.request import Attempt, Delta, Request
 from router.slo import Slo
-from router.waiting import Bounds, Entry, WaitingQueue
+from router.waiting import Bounds, Entry, Misses, WaitingQueue
 from router.work import assignments
 
 log = logging.getLogger(__name__)
 
 NO_LIMITS: Final = Slo()
 BOUNDS: Final = Bounds()
-SKIP: Final = 8
-"""Waiting entries that find no worker before the others are not tried either: those that only some
-worker can take do not stop the rest, and a long queue is not walked at each step."""
 _NO_FAILURE: Final = ("draining", "no_blocks")
 """Causes that do not count against `max_resumes`."""
 
@@ -120,11 +117,16 @@ class Dispatcher:
         for request in list(self._requests.values()):
             self._fail(request, error)
 
+    def leaving(self, worker: str) -> None:
+        """A worker drains: it ends what it has and gets nothing new."""
+        member = self._fleet[worker]
+        if not member.draining:
+            member.draining = True
+            self._limit_waiting()
+
     def lost(self, worker: str, cause: str) -> None:
         """A worker is gone or hangs: no new work is placed there."""
-        for entry in self._waiting:
-            if entry.timer is None and not self._fleet.busy:
-                self._limit(entry)
+        self._limit_waiting()
         for request in list(self._requests.values()):
             for attempt in list(request.attempts.values()):
                 # Replacing one attempt may have ended the request, and so the others.
@@ -187,10 +189,10 @@ class Dispatcher:
         )
         request.next_attempt += 1
         request.attempts[attempt.number] = attempt
+        self._fleet.reserve(attempt)
         for worker in attempt.workers():
             request.content_id = self._fleet[worker].info.content_id
         self._explainer.placed(request, attempt, view, snapshot, placement)
-        self._fleet.reserve(attempt)
         source = None
         if placement.fetch is not None:
             owner = self._fleet[placement.fetch].peer
@@ -242,11 +244,12 @@ class Dispatcher:
 
     def _start(self, request: Request, choices: tuple[int, ...]) -> None:
         """Place `choices`, or queue them until a worker comes; first come, first served."""
-        if self._settle(request, choices):
+        self.serve_waiting(before=request)
+        if request.over or self._settle(request, choices):
             return
         if self._cannot_fit(request):
             self._fail(request, RequestError(400, "The prompt does not fit into any worker."))
-        elif not self._waiting.has_room(request):
+        elif request.next_attempt == 1 and not self._waiting.has_room(request):
             self._fail(request, unavailable("Too many requests wait for a worker."))
         else:
             entry = Entry(request, choices)
@@ -257,7 +260,7 @@ class Dispatcher:
         """End the patience of an entry in time: without workers soon, where they are busy when it
         cannot be answered within its limit any more."""
         request = entry.request
-        if not self._fleet.busy:
+        if not self._is_busy(entry):
             resumes = request.num_outputs > 0
             left_s = self._patience.resume_s if resumes else self._patience.grace_s
             end = self._give_up
@@ -270,20 +273,52 @@ class Dispatcher:
             return
         loop = asyncio.get_running_loop()
         entry.deadline = loop.time() + left_s
-        entry.timer = loop.call_later(left_s, end, request)
+        entry.timer = loop.call_later(left_s, end, entry)
 
-    def _expire(self, request: Request) -> None:
-        self._fail(request, overloaded("No worker was free within the limit.", 1.0))
-
-    def serve_waiting(self) -> None:
-        """A worker may have room: serve who is next."""
-        skipped = 0
+    def _limit_waiting(self) -> None:
+        """Workers take nothing new any more: who waited for them alone does not for ever."""
         for entry in self._waiting:
+            if entry.timer is None:
+                self._limit(entry)
+
+    def _is_busy(self, entry: Entry) -> bool:
+        """Workers that could take the entry have all that they can do: one will in time."""
+        request = entry.request
+        return self._fleet.is_busy(entry.num_tokens, request.content_id, request.refused)
+
+    def _give_up(self, entry: Entry) -> None:
+        entry.timer = None
+        if self._is_busy(entry):  # workers came, but others were before it
+            self._limit(entry)
+        else:
+            error = unavailable("No worker is ready to serve the request.")
+            self._fail(entry.request, error)
+
+    def _expire(self, entry: Entry) -> None:
+        self._fail(entry.request, overloaded("No worker was free within the limit.", 1.0))
+
+    def serve_waiting(self, before: Request | None = None) -> None:
+        """A decode worker may have a seat: serve who is next. `before`: only those that this
+        request must not overtake."""
+        if len(self._waiting) and self._fleet.has_seats:
+            self._serve(self._waiting if before is None else self._waiting.ahead_of(before))
+
+    def retry_waiting(self) -> None:
+        """A worker came, or goes on: what still finds none keeps its place."""
+        self._serve(self._waiting)
+
+    def _serve(self, entries: Iterable[Entry]) -> None:
+        misses = Misses()
+        for entry in entries:
+            if entry in misses:
+                continue
             if self._settle(entry.request, entry.choices):
                 if not entry.request.over:
                     self._waiting.remove(entry)
-            elif (skipped := skipped + 1) >= SKIP:
-                return
+                continue
+            misses.add(entry)
+            if entry.timer is None:
+                self._limit(entry)
 
     def _cannot_fit(self, request: Request) -> bool:
         """Every decode worker that is there has refused the request for good."""
@@ -293,15 +328,6 @@ class Dispatcher:
             if member.info.role == "decode" and request.content_id in (None, member.info.content_id)
         ]
         return bool(decodes) and request.refused.issuperset(decodes)
-
-    def retry_waiting(self) -> None:
-        """Try all that wait; what still finds no worker keeps its place."""
-        for entry in self._waiting:
-            if self._settle(entry.request, entry.choices) and not entry.request.over:
-                self._waiting.remove(entry)
-
-    def _give_up(self, request: Request) -> None:
-        self._fail(request, unavailable("No worker is ready to serve the request."))
 
     def take(self, worker: str, output: Output) -> None:
         """Hand the new part of an output to its request; answer a stale one by Cancel."""
@@ -406,7 +432,7 @@ class Dispatcher:
             case "no_blocks":
                 request.refused.add(worker)
             case "draining":
-                self._fleet[worker].draining = True
+                self.leaving(worker)
             case "transfer" if attempt.pair is not None:
                 request.avoid_pairs.add(attempt.pair)
             case "peer" if attempt.pair is not None:

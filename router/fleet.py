@@ -7,7 +7,7 @@ what comes in and reserves what goes out; read by `/health`, `/debug/workers` an
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -95,6 +95,7 @@ class Member:
         self.prefill_tokens = Gauge()
         self.kv_tokens = Gauge()
         self.num_seqs = Gauge()
+        self._num_routers = 1
 
     @property
     def state(self) -> str:
@@ -117,17 +118,25 @@ class Member:
         """What this router has in flight here."""
         return Carried(self.prefill_tokens.own, self.kv_tokens.own, self.num_seqs.own)
 
-    def share(self, others: Carried) -> None:
-        """What other routers have in flight here."""
+    def share(self, others: Carried, num_routers: int) -> None:
+        """What other routers have in flight here. `num_routers`: that have any, and this one."""
         self.prefill_tokens.others = others.prefill_tokens
         self.kv_tokens.others = others.kv_tokens
         self.num_seqs.others = others.num_seqs
+        self._num_routers = num_routers
 
     @property
     def full(self) -> bool:
-        """What comes now would only wait here."""
+        """What comes now would only wait here.
+
+        Of several routers each may fill its part of the seats, whatever the others hold: one that
+        takes each seat again as it ends would keep the others out for ever. Until it has ended what
+        is above its part, more than the seats are taken: by two routers less than twice as many.
+        """
         seats = FULL * self.info.max_num_seqs
-        return self.info.role == "decode" and self.num_seqs.value >= seats
+        part = max(1, seats // self._num_routers)
+        load = self.num_seqs
+        return self.info.role == "decode" and load.value >= seats and load.own >= part
 
     def report(self, load: Load) -> None:
         self.load = load
@@ -216,10 +225,27 @@ class Fleet:
             return None
         return "every decode worker hangs" if "hung" in states else "all decode workers are leaving"
 
+    def is_busy(self, num_tokens: int, content_id: str | None, refused: Container[str]) -> bool:
+        """There are workers that could take so many tokens of this content (None: any), but they
+        have all that they can do. `refused`: workers that do not count."""
+        return any(
+            member.full
+            and member.state == "ready"
+            and member.capacity > num_tokens
+            and content_id in (None, member.info.content_id)
+            and member.info.id not in refused
+            for member in self
+        )
+
     @property
-    def busy(self) -> bool:
-        """There are workers, but they have all that they can do."""
-        return any(member.full and member.state == "ready" for member in self)
+    def has_seats(self) -> bool:
+        """Some decode worker takes new work."""
+        free = [
+            member.info.id
+            for member in self
+            if member.info.role == "decode" and member.state == "ready" and not member.full
+        ]
+        return bool(free) and not self._suspended().issuperset(free)
 
     def num_requests(self) -> tuple[int, int]:
         """(running, waiting) sequences on all workers, of all routers, as workers reported them.
@@ -272,10 +298,10 @@ class Fleet:
         loads = {member.info.id: member.carried for member in self}
         return {worker: carried for worker, carried in loads.items() if carried != NOTHING}
 
-    def share(self, others: Mapping[str, Carried]) -> None:
-        """What other routers have in flight now, by worker."""
+    def share(self, others: Mapping[str, Carried], num_others: int) -> None:
+        """What other routers have in flight now, by worker. `num_others`: that have any."""
         for member in self:
-            member.share(others.get(member.info.id, NOTHING))
+            member.share(others.get(member.info.id, NOTHING), num_others + 1)
 
     def reserve(self, attempt: Attempt) -> None:
         """Count an attempt as load of its workers at once; `release` ends it."""

@@ -42,7 +42,13 @@ class Inflight:
         self._name = name
         self._fleet = fleet
         self._others: list[str] = []
+        self._heard = asyncio.Event()
         self.malformed = 0
+
+    async def heard(self) -> None:
+        """Returns when the load of the others was read since the last call. For one caller."""
+        await self._heard.wait()
+        self._heard.clear()
 
     async def run(self) -> None:
         """Tells and reads until it is cancelled, through every outage."""
@@ -57,7 +63,7 @@ class Inflight:
                     if not retry_s:
                         log.warning("redis is unreachable, load is not shared: %s", error)
                     retry_s = next_retry_s(retry_s)
-                    self._fleet.share({})
+                    self._share([])
                     await self._client.connection_pool.disconnect()
                     await asyncio.sleep(retry_s)
         finally:
@@ -93,12 +99,19 @@ class Inflight:
             pipe.hgetall(self._keys.inflight(other))
         replies = await pipe.execute()
         shown = replies[len(replies) - len(self._others) :] if self._others else []
-        self._fleet.share(self._sum(shown))
+        self._share(shown)
         names = replies[len(replies) - len(self._others) - 1]
         idle = [name for name, load in zip(self._others, shown, strict=True) if not load]
         self._others = sorted(n.decode(errors="replace") for n in names if n != self._name.encode())
         if idle and not mine:
             await self._forget(idle)
+
+    def _share(self, shown: list[dict[bytes, bytes]]) -> None:
+        """`shown`: what each of the others has in flight."""
+        # A router without any load may be gone: no seats are kept for it.
+        num_others = sum(1 for loads in shown if loads)
+        self._fleet.share(self._sum(shown), num_others)
+        self._heard.set()
 
     def _sum(self, shown: list[dict[bytes, bytes]]) -> dict[str, Carried]:
         total: dict[str, Carried] = {}

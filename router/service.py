@@ -78,6 +78,7 @@ class Service:
             tasks.create_task(self._follow())
             tasks.create_task(self._receive())
             tasks.create_task(self._inflight.run())
+            tasks.create_task(self._follow_load())
 
     def unavailable(self) -> str | None:
         """None if a request can be served, else why not."""
@@ -139,6 +140,12 @@ class Service:
             connected = (connected | listed.keys()) - gone
             await self._directory.changed()
 
+    async def _follow_load(self) -> None:
+        """What other routers have ended may be room for who waits here: no worker tells of it."""
+        while True:
+            await self._inflight.heard()
+            self._dispatcher.serve_waiting()
+
     async def _receive(self) -> None:
         while True:
             match await self._link.receive():
@@ -176,7 +183,8 @@ class Service:
     def _take_pong(self, member: Member, pong: Pong) -> None:
         member.report(pong.load)
         member.meter.told(pong.costs)
-        member.draining = member.draining or pong.state != "ready"
+        if pong.state != "ready":
+            self._dispatcher.leaving(member.info.id)
         self.fleet.review()
         was_hung = member.progress.hung
         member.progress.report(pong.steps, pong.busy, time.monotonic())
@@ -213,4 +221,4 @@ class Service:
             case Inspected():
                 self._inspector.answered(worker, message)
             case Leaving():
-                member.draining = True
+                self._dispatcher.leaving(worker)

@@ -21,7 +21,7 @@ Rank = tuple[int, bool, float, float, int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bounds:
-    """What waits at most; more is refused."""
+    """What waits at most; more is refused. What was placed before waits whatever the bounds."""
 
     count: int = 1_024
     tokens: int = 1 << 24
@@ -39,10 +39,39 @@ class Entry:
     timer: asyncio.TimerHandle | None = None
     """Ends its patience, if that ends; cancelled with the entry."""
     rank: Rank = (0, True, 0.0, 0.0, 0)
+    removed: bool = False
+    """It is in no queue any more."""
+    num_tokens: int = field(init=False)
+    """Prompt and tokens emitted so far: none are emitted while it waits."""
+    needs_seat: bool = field(init=False)
+    """A prefill worker alone cannot serve it."""
     num_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
+        first = self.request.choices[self.choices[0]]
+        self.num_tokens = len(self.request.prompt) + len(first.tokens)
+        self.needs_seat = self.request.remaining(first) > 1
         self.num_bytes = self.request.num_bytes
+
+
+class Misses:
+    """What found no worker in one walk of the queue. Others of the same content that are as large
+    would find none either, and need not be tried."""
+
+    def __init__(self) -> None:
+        self._least: dict[str | None, int] = {}
+        """Content id -> tokens from which on nothing finds a worker; None: of any content."""
+
+    def add(self, entry: Entry) -> None:
+        # What some workers have refused for good says nothing of what others find there.
+        if entry.needs_seat and not entry.request.refused:
+            self._least[entry.request.content_id] = entry.num_tokens
+
+    def __contains__(self, entry: Entry) -> bool:
+        if not entry.needs_seat:
+            return False
+        kinds = (None, entry.request.content_id)
+        return entry.num_tokens >= min(self._least.get(kind, math.inf) for kind in kinds)
 
 
 class Turns:
@@ -86,37 +115,49 @@ class WaitingQueue:
 
     def __iter__(self) -> Iterator[Entry]:
         """The entries of this moment in order, without those that are removed meanwhile."""
-        for entry in list(self._entries):
-            if entry in self._entries:
-                yield entry
+        return (entry for entry in list(self._entries) if not entry.removed)
+
+    def ahead_of(self, request: Request) -> Iterator[Entry]:
+        """Those that `request`, which comes only now, must not overtake: of its class or a better
+        one."""
+        kind = _class(request)
+        return itertools.takewhile(lambda entry: entry.rank[:2] <= kind, self)
 
     def add(self, entry: Entry) -> None:
         request = entry.request
         assert not request.over
-        resumes = request.num_outputs > 0
+        priority, is_new = _class(request)
         tokens = len(request.prompt) + request.params.max_tokens * len(entry.choices)
-        turn = 0.0 if resumes else self._turns.take(request.tenant, tokens)
-        priority, number = request.params.priority, next(self._numbers)
-        entry.rank = (priority, not resumes, turn, entry.deadline, number)
+        turn = self._turns.take(request.tenant, tokens) if is_new else 0.0
+        entry.rank = (priority, is_new, turn, entry.deadline, next(self._numbers))
         insort(self._entries, entry, key=lambda entry: entry.rank)
         self._count(entry, 1)
 
     def remove(self, entry: Entry) -> None:
-        """It was placed, or its request ended."""
+        """It was placed."""
+        self._turns.passed(entry.rank[2])
+        self._drop(entry)
+
+    def forget(self, request: Request) -> None:
+        """Remove all that waits for `request`, which ended: nobody's turn came by that."""
+        for entry in [entry for entry in self._entries if entry.request is request]:
+            self._drop(entry)
+
+    def _drop(self, entry: Entry) -> None:
         if entry.timer is not None:
             entry.timer.cancel()
         self._entries.remove(entry)
-        self._turns.passed(entry.rank[2])
+        entry.removed = True
         if not self._entries:  # nobody is ahead of anybody any more
             self._turns = Turns()
         self._count(entry, -1)
-
-    def forget(self, request: Request) -> None:
-        """Remove all that waits for `request`."""
-        for entry in [entry for entry in self._entries if entry.request is request]:
-            self.remove(entry)
 
     def _count(self, entry: Entry, sign: int) -> None:
         self._tokens += sign * len(entry.request.prompt)
         self._bytes += sign * entry.num_bytes
         self._gauge.set(len(self._entries))
+
+
+def _class(request: Request) -> tuple[int, bool]:
+    """Priority, and whether it has no tokens yet."""
+    return request.params.priority, request.num_outputs == 0

@@ -3,7 +3,8 @@
 import pytest
 
 from common.messages import Load
-from router.fleet import Fleet, Gauge, Limits
+from router.fleet import FULL, Carried, Fleet, Gauge, Limits
+from router.health import FAILURES
 from router.request import Attempt
 from tests.worker_info import worker_info
 
@@ -146,3 +147,56 @@ def test_requests_of_the_whole_deployment() -> None:
     assert workers.num_requests() == (6, 2)  # the decode worker waits for the other's three
     workers["d"].report(Load(running=5, waiting=7))
     assert workers.num_requests() == (6, 6)
+
+
+def test_each_of_several_routers_may_fill_its_part_of_the_seats() -> None:
+    workers, attempts = Fleet(), [attempt(prefill=None) for _ in range(5)]
+    workers.up(worker_info("d", role="decode", max_num_seqs=4))
+    seats = FULL * 4
+    worker = workers["d"]
+    workers.share({"d": Carried(num_seqs=seats)}, 1)
+    workers.reserve(attempts[0])  # two sequences each
+    assert not worker.full
+    workers.reserve(attempts[1])
+    assert worker.full
+    # With a third router there is less for each.
+    workers.release(attempts[1])
+    assert not worker.full
+    workers.share({"d": Carried(num_seqs=seats)}, 2)
+    assert worker.full
+    # Whatever the others leave can be used.
+    workers.share({"d": Carried(num_seqs=2)}, 1)
+    for one in attempts[2:4]:
+        assert not worker.full
+        workers.reserve(one)
+    assert worker.full
+    # Alone, it may have all.
+    workers.share({}, 0)
+    assert not worker.full
+    workers.reserve(attempts[4])
+    assert worker.full
+
+
+def test_busy_are_only_workers_that_could_take_the_request() -> None:
+    workers = Fleet()
+    workers.up(worker_info("d", role="decode", max_num_seqs=1, num_blocks=4))  # 64 tokens
+    assert not workers.is_busy(10, None, ()) and workers.has_seats
+    workers.reserve(attempt(prefill=None))
+    assert workers.is_busy(63, None, ()) and workers.is_busy(63, "c0", {"e"})
+    assert not workers.has_seats
+    assert not workers.is_busy(64, None, ())
+    assert not workers.is_busy(63, "c1", ())
+    assert not workers.is_busy(63, None, {"d"})
+    workers["d"].draining = True
+    assert not workers.is_busy(63, None, ()) and not workers.has_seats
+
+
+def test_a_worker_that_rests_has_no_seats() -> None:
+    workers = Fleet(clock=lambda: 100.0)
+    for name in ("d", "e"):
+        workers.up(worker_info(name, role="decode", max_num_seqs=1))
+    workers.reserve(attempt(prefill=None, decode="e"))
+    workers.failed(["d"] * FAILURES)
+    workers["e"].report(Load())
+    assert workers["e"].full and not workers["d"].full
+    assert workers._suspended() == {"d"} and not workers.has_seats

@@ -9,7 +9,7 @@ from redis.asyncio import Redis
 
 from common.records import Keys
 from common.redis_client import open_redis
-from router.fleet import NOTHING, Carried, Fleet
+from router.fleet import FULL, NOTHING, Carried, Fleet
 from router.inflight import Inflight
 from router.request import Attempt
 from tests.client import complete
@@ -129,6 +129,54 @@ async def test_two_routers_do_not_herd(deploy: Deploy) -> None:
                 worker.go_on()
             for answer in asked:
                 assert (await answer).ids == expected(PROMPT, 16, seed=1)
+
+
+async def test_a_router_with_a_backlog_does_not_starve_another(deploy: Deploy) -> None:
+    async with deploy(prefill=0, decode=0, name="a") as one:
+        worker = await one.add("decode", "small", max_num_seqs=1)
+        worker.gate.clear()
+        async with deploy(prefill=0, decode=0, name="b", namespace=one.namespace) as two:
+            await until(lambda: "small" in two.service.fleet)
+            asked = [
+                asyncio.create_task(complete(one.http, PROMPT, seed=seed))
+                for seed in range(FULL + 2)
+            ]
+            await until(lambda: one.value("waiting_requests") == 2)
+            member = two.service.fleet["small"]
+            await until(lambda: member.num_seqs.others == FULL)
+            mine = asyncio.create_task(complete(two.http, PROMPT, seed=9))
+            await until(lambda: member.num_seqs.own == 1)
+            # That is its part: what comes then waits there too.
+            asked.append(asyncio.create_task(complete(two.http, PROMPT, seed=8)))
+            await until(lambda: two.value("waiting_requests") == 1)
+            worker.go_on()
+            assert (await mine).ids == expected(PROMPT, 16, seed=9)
+            assert [(await answer).status for answer in asked] == [200] * len(asked)
+
+
+async def test_who_has_no_load_takes_no_part(redis_server: RedisServer, redis: Redis) -> None:
+    ours, theirs = fleet(), fleet()
+    async with shared(redis_server, "a", ours) as inflight, shared(redis_server, "b", theirs):
+        await redis.sadd(KEYS.routers, "gone")
+        seats = FULL * ours["d"].info.max_num_seqs
+        for number in range(seats // 2):  # of two sequences each
+            theirs.reserve(attempt(number))
+        while ours["d"].num_seqs.others < seats:
+            await asyncio.wait_for(inflight.heard(), 10)
+        while ours["d"].num_seqs.own < seats // 2:
+            assert not ours["d"].full, "half of the seats are its part"
+            ours.reserve(attempt(1))
+        assert ours["d"].full
+
+
+async def test_a_seat_that_another_router_left_is_given_at_once(
+    deploy: Deploy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Without workers nobody but the other routers tells of seats.
+    async with deploy(prefill=0, decode=0) as served:
+        served_waiting = asyncio.Event()
+        monkeypatch.setattr(served.service._dispatcher, "serve_waiting", served_waiting.set)
+        await asyncio.wait_for(served_waiting.wait(), 10)
 
 
 def test_loads_add_up() -> None:

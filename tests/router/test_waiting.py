@@ -8,7 +8,7 @@ import msgspec
 from router.metrics import RouterMetrics
 from router.request import Request
 from router.tokenizer import TextModel
-from router.waiting import Bounds, Entry, Turns, WaitingQueue
+from router.waiting import Bounds, Entry, Misses, Turns, WaitingQueue
 from tests.router.test_request import request as make
 
 
@@ -89,3 +89,60 @@ def test_who_was_away_gets_no_credit_and_who_was_greedy_is_forgiven(text_model: 
     again = Entry(request(text_model, "a"), (0,))
     waiting.add(again)
     assert again.rank[2] == 0.0
+
+
+def test_who_gives_up_takes_no_turn(text_model: TextModel) -> None:
+    waiting = queue()
+    greedy = [Entry(request(text_model, "a"), (0,)) for _ in range(4)]
+    for entry in greedy:
+        waiting.add(entry)
+    waiting.forget(greedy[3].request)
+    newcomer = Entry(request(text_model, "b"), (0,))
+    waiting.add(newcomer)
+    assert list(waiting) == [greedy[0], newcomer, greedy[1], greedy[2]]
+
+
+def test_who_comes_overtakes_only_lower_classes(text_model: TextModel) -> None:
+    waiting = queue()
+    calm = Entry(request(text_model), (0,))
+    urgent = Entry(request(text_model, priority=-1), (0,))
+    resumed = Entry(begun := request(text_model), (0,))
+    begun.choices[0].tokens.append(7)
+    for entry in (calm, urgent, resumed):
+        waiting.add(entry)
+    assert list(waiting.ahead_of(request(text_model))) == [urgent, resumed, calm]
+    assert list(waiting.ahead_of(begun)) == [urgent, resumed]
+    assert list(waiting.ahead_of(request(text_model, priority=-1))) == [urgent]
+    assert list(waiting.ahead_of(request(text_model, priority=-2))) == []
+
+
+def test_a_walk_leaves_out_what_was_removed_meanwhile(text_model: TextModel) -> None:
+    waiting = queue()
+    entries = [Entry(request(text_model), (0,)) for _ in range(3)]
+    for entry in entries:
+        waiting.add(entry)
+    seen = []
+    for entry in waiting:
+        seen.append(entry)
+        waiting.forget(entries[1].request)
+    assert seen == [entries[0], entries[2]]
+
+
+def test_what_is_as_large_as_a_miss_is_one_too(text_model: TextModel) -> None:
+    def entry(tokens: int, content: str | None = None, max_tokens: int = 9) -> Entry:
+        one = request(text_model, max_tokens=max_tokens)
+        one.prompt, one.content_id = [5] * tokens, content
+        return Entry(one, (0,))
+
+    misses = Misses()
+    misses.add(entry(50, "c0"))
+    assert entry(50, "c0") in misses and entry(49, "c0") not in misses
+    assert entry(50, "c1") not in misses and entry(50) not in misses
+    misses.add(entry(40))
+    assert all(entry(40, content) in misses for content in (None, "c0", "c1"))
+    # A prefill worker alone is enough for one token.
+    assert entry(40, max_tokens=1) not in misses
+    picky = entry(20)
+    picky.request.refused.add("d")
+    misses.add(picky)
+    assert entry(20) not in misses
