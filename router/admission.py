@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from common.errors import RequestError
 from router.errors import overloaded
-from router.placement import Candidate, Placement, View, weigh
+from router.placement import Candidate, Placement, View, Weighed, weigh
 from router.slo import Slo
 
 
@@ -33,9 +33,10 @@ def ttft_limit(slo: Slo, view: View, snapshot: Sequence[Candidate]) -> float:
     """Seconds within which the first token must come."""
     if slo.ttft is None:
         return math.inf
-    # Whoever prefills: where there are prefill workers, one of them.
-    ready = [worker for worker in snapshot if worker.ready]
-    workers = [worker for worker in ready if worker.role == "prefill"] or ready
+    # Whoever prefills: where there are prefill workers, one of them. Also one that has no room now:
+    # how long a prompt takes does not depend on that.
+    serving = [worker for worker in snapshot if worker.serves]
+    workers = [worker for worker in serving if worker.role == "prefill"] or serving
     return slo.ttft.of(min((w.cost.prefill(view.num_tokens) for w in workers), default=0.0))
 
 
@@ -50,10 +51,17 @@ def _late_s(
     able = [w for w in weighed if w.prefills]
     # Decode workers alone: they have to, whatever their residents say.
     able = able if any(w.role == "prefill" for w in weighed) else weighed
-    names = {w.worker for w in able}
-    if any(worker.id in names and worker.wait_s <= 0 for worker in snapshot):
+    workers = {worker.id: worker for worker in snapshot}
+    if any(workers[w.worker].wait_s <= 0 for w in able):
         return 0.0
-    return max(0.0, min(w.ttft_s for w in able) - left_s)
+    ttft_s = min(w.ttft_s - _overtaken_s(workers[w.worker], w) for w in able)
+    return max(0.0, ttft_s - left_s)
+
+
+def _overtaken_s(worker: Candidate, weighed: Weighed) -> float:
+    """Seconds of the worker's queue that a short prompt does not wait for."""
+    tokens = sum(q.tokens for q in worker.queue if weighed.uncached_tokens < q.after)
+    return min(weighed.wait_s, tokens * worker.cost.token_s)
 
 
 def _is_crowded(itl_s: float, view: View, snapshot: Sequence[Candidate]) -> bool:

@@ -167,7 +167,7 @@ def create_app(parts: Parts) -> FastAPI:
         service.explainer.show_ladder()
         return Response(parts.metrics.render(), media_type=metrics_text.CONTENT_TYPE)
 
-    @app.get("/v1/requests/{name}/explain")
+    @app.get("/v1/requests/{name:path}/explain")
     async def explain(name: str, request: HttpRequest) -> Response:
         traces = service.explainer.find(name, tenant_of(request))
         if not traces:

@@ -4,9 +4,10 @@
 A worker measures its steps itself, and a router that just started places upon that. What a prefill
 worker's queue costs is better known by what the router sees, once it saw enough.
 
-A prefill worker computes prompts in the order in which they came: a prompt's compute lasts from
-when it was sent, or from the first output before its own if that came later. Work of other routers
-counts as this prompt's, so the cost of a shared worker is rather over- than underestimated.
+A prefill worker computes the prompt with the least left first: a prompt's compute lasts from when
+it was sent, or from the first output before its own if that came later. How long one was computed
+that others overtook is not to be seen from here: it teaches nothing. Work of other routers counts
+as this prompt's, so the cost of a shared worker is rather over- than underestimated.
 """
 
 from dataclasses import replace
@@ -16,6 +17,7 @@ from common.cost import PRIOR, CostModel, Costs
 from common.cost_fit import CostFit
 from common.messages import Load
 from router.health import SLOW, Pace
+from router.placement import Queued
 
 ENOUGH: Final = 32
 """Prefills that a worker's own model needs before it counts."""
@@ -68,8 +70,11 @@ class CostMeter:
         self._peers = peers
         self._decodes = decodes
         self._own = CostFit()
-        self._sent: dict[object, float] = {}
+        self._sent: dict[object, tuple[int, float]] = {}
+        """Of prompts without output: tokens to compute, and when they were sent."""
         self._computed_at = 0.0
+        self._latest = 0.0
+        """When the last one was sent of those that were computed."""
         self._stepped_at: float | None = None
         self._load = Load()
         self._slowness, self._seen = 1.0, 0
@@ -78,6 +83,10 @@ class CostMeter:
     def pace(self) -> Pace:
         """How slow it is beside its peers."""
         return Pace(self._slowness, self._seen)
+
+    def forget_pace(self) -> None:
+        """Only what is seen from now on counts."""
+        self._slowness, self._seen = 1.0, 0
 
     def _compare(self, seconds: float, predicted_s: float) -> None:
         """What took `seconds` was to take `predicted_s` on any of its peers."""
@@ -101,18 +110,32 @@ class CostMeter:
         """What the worker measured of itself."""
         self._peers.told(costs)
 
-    def sent(self, prompt: object, now: float) -> None:
-        """A prompt was sent to the worker."""
-        self._sent[prompt] = now
+    def sent(self, prompt: object, new: int, now: float) -> None:
+        """A prompt was sent to the worker, which has to compute `new` tokens of it."""
+        self._sent[prompt] = new, now
 
     def waits_for(self, prompt: object) -> bool:
         """The prompt was sent, and nothing came of it yet."""
         return prompt in self._sent
 
+    def queue(self, now: float) -> list[Queued]:
+        """The prompts of this router that nothing came of yet.
+
+        A prefill worker takes whoever has least left, less what was computed since that one came.
+        Neither is more than what it computes in that time, so whatever is shorter than the whole
+        prompt less twice that goes first.
+        """
+        token_s = self.model.token_s
+        return [Queued(new, new - 2 * (now - sent) / token_s) for new, sent in self._sent.values()]
+
     def computed(self, prompt: object, new: int, cached: int, now: float) -> None:
         """Its first output came, after `new` tokens were computed and `cached` ones reused."""
-        seconds = now - max(self._sent.pop(prompt), self._computed_at)
+        _, sent = self._sent.pop(prompt)
+        seconds = now - max(sent, self._computed_at)
         self._computed_at = now
+        if sent < self._latest:  # overtaken
+            return
+        self._latest = sent
         if self._peers.fit.num_prefills >= ENOUGH:
             self._compare(seconds, self._peers.fit.model.prefill(new, cached))
         for fit in (self._own, self._peers.fit):
@@ -122,9 +145,13 @@ class CostMeter:
         """The prompt is over; ignored if its first output came."""
         self._sent.pop(prompt, None)
 
-    def stepped(self, load: Load, now: float) -> None:
-        """The outputs of a decode worker's step came, and its load after it."""
-        before, since = self._load, self._stepped_at
+    def stepped(self, load: Load, now: float, *, follows: bool) -> None:
+        """The outputs of a decode worker's step came, and its load after it.
+
+        `follows`: those of the step before came here too. A worker tells a router only of steps in
+        which something of that router ran.
+        """
+        before, since = self._load, self._stepped_at if follows else None
         if since is not None and not before.prefill_tokens and not load.prefill_tokens:
             if self._peers.fit.num_steps >= ENOUGH:
                 predicted_s = self._peers.fit.model.step(before.running, before.kv_tokens)

@@ -1,13 +1,15 @@
 """Why a request went where it did, and where each part of its first token's time went.
 
-`Explainer` is told by `router.dispatch` what happens to each request. It keeps the last requests in
-a ring (`GET /v1/requests/{id}/explain`), writes a line of JSON for each if asked to, and measures
+`Explainer` is told by `router.dispatch` what happens to each request. It keeps the last requests
+(`GET /v1/requests/{id}/explain`), writes a line of JSON for each if asked to, and measures
 how good predictions are. A decision is kept as what `place` was given: its terms are computed when
 somebody asks.
 """
 
+import contextlib
+import logging
 import time
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +23,10 @@ from router.metrics import RouterMetrics
 from router.placement import Candidate, Placement, View, weigh
 from router.request import Attempt, Request
 
+log = logging.getLogger(__name__)
+
 KEPT: Final = 512
-"""Requests that are kept, the live ones included."""
+"""Requests that are kept when they are over. A live one is kept in any case."""
 KEPT_DECISIONS: Final = 8
 """Of one request: the first of them, and the last."""
 
@@ -142,25 +146,31 @@ class Explainer:
         """`log_file`: where a line of JSON is added for each request that ends. Raises OSError."""
         self.ladder = Ladder()
         self._metrics = metrics
-        self._traces: OrderedDict[int, Trace] = OrderedDict()
+        self._live: dict[int, Trace] = {}
+        self._over: deque[Trace] = deque(maxlen=KEPT)
         # Line by line: whoever follows the file sees whole objects.
         self._log = log_file.open("a", buffering=1) if log_file is not None else None
 
     def close(self) -> None:
+        """Ends the log. Never fails: serving does not depend on it."""
         if self._log is not None:
-            self._log.close()
+            # Each line was flushed when it was written; what is left was refused then.
+            with contextlib.suppress(OSError):
+                self._log.close()
+            self._log = None
 
     def find(self, label: str, tenant: str) -> list[Trace]:
         """What is kept of one HTTP call, a trace for each prompt. `tenant`: who asks; empty: it
         may see all."""
-        return [
+        found = [
             trace
-            for trace in self._traces.values()
+            for trace in (*self._over, *self._live.values())
             if trace.label == label and tenant in ("", trace.tenant)
         ]
+        return sorted(found, key=lambda trace: trace.started)
 
     def submitted(self, request: Request) -> None:
-        self._traces[request.id] = Trace(
+        self._live[request.id] = Trace(
             request=request.id,
             label=request.label,
             tenant=request.tenant,
@@ -169,8 +179,6 @@ class Explainer:
             started=request.started,
             wall=time.time(),
         )
-        if len(self._traces) > KEPT:
-            self._traces.popitem(last=False)
 
     def placed(
         self,
@@ -180,11 +188,9 @@ class Explainer:
         snapshot: Sequence[Candidate],
         placement: Placement,
     ) -> None:
-        trace = self._traces.get(request.id)
+        trace = self._live[request.id]
         if attempt.number == 1:
             self._arrived(request, view, snapshot)
-        if trace is None:
-            return
         now = time.monotonic()
         if trace.first is None:
             trace.sent = now
@@ -203,8 +209,8 @@ class Explainer:
 
     def took(self, request: Request, attempt: Attempt, worker: str, output: Output) -> None:
         """An output of a live attempt, after the request has taken it."""
-        trace = self._traces.get(request.id)
-        if trace is None or trace.second is not None:
+        trace = self._live[request.id]
+        if trace.second is not None:
             return
         now = time.monotonic()
         if worker == attempt.decode and attempt.prefill is not None:
@@ -220,8 +226,8 @@ class Explainer:
     def first_token(self, request: Request, attempt: Attempt) -> None:
         """The first token came: compare what was predicted with what was."""
         self.ladder.reused(request.cached_tokens)
-        trace = self._traces.get(request.id)
-        if trace is None or attempt.number != 1 or not trace.decisions:
+        trace = self._live[request.id]
+        if attempt.number != 1 or not trace.decisions:
             return
         assert request.first_token is not None
         predicted_s = trace.decisions[0].placement.ttft_s
@@ -232,14 +238,17 @@ class Explainer:
         self._metrics.predicted_tokens.inc(trace.predicted_hit)
 
     def ended(self, request: Request, outcome: str) -> None:
-        trace = self._traces.get(request.id)
-        if trace is None:
-            return
+        trace = self._live.pop(request.id)
+        self._over.append(trace)
         trace.outcome = outcome
         trace.reused = request.cached_tokens
         trace.output_tokens = request.num_outputs
         if self._log is not None:
-            self._log.write(msgspec.json.encode(trace.show()).decode() + "\n")
+            try:
+                self._log.write(msgspec.json.encode(trace.show()).decode() + "\n")
+            except OSError as error:
+                log.error("%s: no more requests are logged: %s", self._log.name, error)
+                self.close()
 
     def show_ladder(self) -> None:
         """Take over the ladder into the metrics."""

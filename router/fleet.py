@@ -96,6 +96,8 @@ class Member:
         self.kv_tokens = Gauge()
         self.num_seqs = Gauge()
         self._num_routers = 1
+        self.streams: set[Attempt] = set()
+        """Attempts of this router to which it adds token by token: its steps are told here."""
 
     @property
     def state(self) -> str:
@@ -144,7 +146,7 @@ class Member:
         self.kv_tokens.report(load.kv_tokens)
         self.num_seqs.report(load.running + load.waiting)
 
-    def candidate(self, suspended: bool = False) -> Candidate:
+    def candidate(self, now: float, suspended: bool = False) -> Candidate:
         return Candidate(
             id=self.info.id,
             role=self.info.role,
@@ -153,9 +155,11 @@ class Member:
             capacity=self.capacity,
             max_num_seqs=self.info.max_num_seqs,
             prefill_tokens=self.prefill_tokens.value,
+            queue=self.meter.queue(now) if self.info.role == "prefill" else (),
             kv_tokens=self.kv_tokens.value,
             num_seqs=self.num_seqs.value,
             ready=self.state == "ready" and not self.full and not suspended,
+            serves=self.state == "ready",
             cost=self.meter.model,
             chunk_tokens=self.info.max_num_batched_tokens,
             fetch_s=self.info.layout.token_bytes / (self.load.fetch_bps or FETCH_BPS),
@@ -260,22 +264,26 @@ class Fleet:
         return running, queued + max(0, held - queued - prefilled)
 
     def snapshot(self) -> list[Candidate]:
-        suspended = self._suspended()
-        return [member.candidate(member.info.id in suspended) for member in self]
+        now, suspended = self._clock(), self._suspended()
+        return [member.candidate(now, member.info.id in suspended) for member in self]
 
     def _suspended(self) -> set[str]:
-        """Workers that get nothing for a while; of a role not all: rather a bad one than none."""
+        """Workers that get nothing for a while; of a role not all: rather a bad one than none.
+
+        One that fails is spared while another is there, and be it full: to wait for that is better
+        than one more failure. One that is slow is spared only while another has room.
+        """
         now = self._clock()
         result: set[str] = set()
         for role, outliers in self._outliers.items():
             ready = [m for m in self if m.info.role == role and m.state == "ready"]
-            bad = {
-                m.info.id
-                for m in ready
-                if outliers.out(m.info.id, now) or not m.breaker.allows(now, m.num_seqs.own)
-            }
-            if len(bad) < len(ready):
-                result |= bad
+            failing = {m.info.id for m in ready if not m.breaker.allows(now)}
+            if len(failing) < len(ready):
+                result |= failing
+            free = [m for m in ready if not m.full and m.info.id not in result]
+            slow = {m.info.id for m in free if outliers.out(m.info.id, now)}
+            if len(slow) < len(free):
+                result |= slow
         return result
 
     def failed(self, worker_ids: Iterable[str]) -> None:
@@ -290,8 +298,11 @@ class Fleet:
         for role, outliers in self._outliers.items():
             paces = {m.info.id: m.meter.pace for m in self if m.info.role == role}
             for worker in outliers.review(paces, self._clock()):
-                slowness = self[worker].meter.pace.slowness
+                meter = self[worker].meter
+                slowness = meter.pace.slowness
                 log.warning("worker %s is %.1f times as slow as its like", worker, slowness)
+                # Nothing new is seen of it now: without this it would be out for ever.
+                meter.forget_pace()
 
     def carried(self) -> dict[str, Carried]:
         """What this router has in flight, on each worker where that is anything."""
@@ -305,19 +316,23 @@ class Fleet:
 
     def reserve(self, attempt: Attempt) -> None:
         """Count an attempt as load of its workers at once; `release` ends it."""
+        now = self._clock()
         self.changed.set()
         for member in self._carriers(attempt):
             member.num_seqs.place(len(attempt.choices))
+            member.breaker.sent(attempt, now)
         if (decode := self.get(attempt.decode)) is not None:
             decode.kv_tokens.place(attempt.kv_tokens)
         if (prefill := self.get(attempt.prefill or attempt.decode)) is not None:
             prefill.prefill_tokens.place(attempt.prefill_tokens)
-            prefill.meter.sent(attempt, self._clock())
+            prefill.meter.sent(attempt, attempt.prefill_tokens, now)
 
     def prefilled(self, attempt: Attempt) -> None:
         """The first output came: the prompt is not to be computed any more."""
         if (carrier := self.get(attempt.prefill or attempt.decode)) is not None:
             carrier.breaker.succeeded()
+            if attempt.prefill is None:
+                carrier.streams.add(attempt)
         member = self.get(attempt.prefill)
         # What a decode worker computes beside its residents says little of its speed, and a worker
         # that came back under its name never saw the prompt.
@@ -339,6 +354,7 @@ class Fleet:
         assert attempt.prefilled and not attempt.handed_over
         if (decode := self.get(attempt.decode)) is not None:
             decode.breaker.succeeded()
+            decode.streams.add(attempt)
         if (member := self.get(attempt.prefill)) is not None:
             member.num_seqs.end(len(attempt.choices))
         attempt.handed_over = True
@@ -350,8 +366,10 @@ class Fleet:
             self._end_prefill(attempt)
         for member in self._carriers(attempt):
             member.num_seqs.end(len(attempt.choices))
+            member.breaker.ended(attempt)
         if (decode := self.get(attempt.decode)) is not None:
             decode.kv_tokens.end(attempt.kv_tokens)
+            decode.streams.discard(attempt)
 
     def _carriers(self, attempt: Attempt) -> list[Member]:
         """Workers that still have something to do for the attempt."""

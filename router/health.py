@@ -37,6 +37,8 @@ class Breaker:
         self._failures = 0
         self._open_until = 0.0
         self._open_s = OPEN_S[0]
+        self._probe: object | None = None
+        """The one attempt that a half open worker has got."""
 
     def failed(self, now: float) -> bool:
         """True if it opens by this failure."""
@@ -50,12 +52,23 @@ class Breaker:
     def succeeded(self) -> None:
         self._failures = 0
         self._open_until, self._open_s = 0.0, OPEN_S[0]
+        self._probe = None
 
-    def allows(self, now: float, num_in_flight: int) -> bool:
+    def allows(self, now: float) -> bool:
         """Whether the worker may get one more; after a time open, one alone shows how it is."""
         if self._failures < FAILURES:
             return True
-        return now >= self._open_until and num_in_flight == 0
+        return now >= self._open_until and self._probe is None
+
+    def sent(self, attempt: object, now: float) -> None:
+        """The worker gets the attempt."""
+        if self._failures >= FAILURES and self.allows(now):
+            self._probe = attempt
+
+    def ended(self, attempt: object) -> None:
+        """The attempt is over, whatever came of it."""
+        if self._probe is attempt:
+            self._probe = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +89,10 @@ class Outliers:
         return now < self._out.get(worker, 0.0)
 
     def review(self, paces: Mapping[str, Pace], now: float) -> list[str]:
-        """Eject those that are far slower than the others, the slowest first; returns them."""
+        """Eject those that are far slower than the others, the slowest first; returns them.
+
+        They get nothing meanwhile: what was seen of them before is not to count afterwards.
+        """
         self._out = {w: until for w, until in self._out.items() if now < until and w in paces}
         known = {worker: p.slowness for worker, p in paces.items() if p.seen >= SEEN}
         room = int(OUT_PART * len(paces)) - len(self._out)

@@ -9,8 +9,10 @@ import logging
 import secrets
 import signal
 import socket
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import uvloop
 
@@ -42,6 +44,8 @@ from router.tokenizer import TextModel, locate
 from router.waiting import Bounds
 
 log = logging.getLogger(__name__)
+Follow = Callable[[], Coroutine[Any, Any, None]]
+"""Runs until it is cancelled."""
 
 
 def main(config: RouterConfig) -> int:
@@ -111,15 +115,12 @@ async def _serve(
         cors=cors,
     )
     server = Server(http_config(create_app(parts), caps, tls, config.keep_alive_s))
-    shared = []
+    follow: list[Follow] = [service.run]
     if config.api_keys_in_redis:
-        shared.append(asyncio.create_task(SharedKeys(redis_url, config.namespace, keys).run()))
+        follow.append(SharedKeys(redis_url, config.namespace, keys).run)
     try:
-        await _run(service, server, listener, config.drain_s)
+        await _run(service, follow, server, listener, config.drain_s)
     finally:
-        for task in shared:
-            task.cancel()
-        await asyncio.gather(*shared, return_exceptions=True)
         explainer.close()
         await grammars.close()
         await link.close()
@@ -148,13 +149,20 @@ def _tool_format(config: RouterConfig) -> Format | None:
     return next((name for name in FORMATS if name == config.tool_call_parser), None)
 
 
-async def _run(service: Service, server: Server, listener: socket.socket, drain_s: float) -> None:
-    """Serves until a signal; then finishes what is live, for at most `drain_s`."""
+async def _run(
+    service: Service,
+    follow: Sequence[Follow],
+    server: Server,
+    listener: socket.socket,
+    drain_s: float,
+) -> None:
+    """Serves until a signal; then finishes what is live, for at most `drain_s`. `follow`: what runs
+    all the time; if one of them ends by an error, that is raised."""
     loop = asyncio.get_running_loop()
     signals: asyncio.Queue[None] = asyncio.Queue()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signals.put_nowait, None)
-    engine = asyncio.create_task(service.run())
+    engine = asyncio.create_task(_all(follow))
     http = asyncio.create_task(server.serve(sockets=[listener]))
     stop = asyncio.create_task(signals.get())
     host, port = listener.getsockname()[:2]
@@ -172,6 +180,12 @@ async def _run(service: Service, server: Server, listener: socket.socket, drain_
         for task in (engine, http, stop):
             task.cancel()
         await asyncio.gather(engine, http, stop, return_exceptions=True)
+
+
+async def _all(follow: Sequence[Follow]) -> None:
+    async with asyncio.TaskGroup() as tasks:
+        for run in follow:
+            tasks.create_task(run())
 
 
 async def _drain(service: Service, signals: "asyncio.Queue[None]", drain_s: float) -> None:

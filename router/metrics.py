@@ -76,7 +76,7 @@ class Usage:
         def counter(name: str, help: str) -> Counter:
             return Counter(f"tandem_router_tenant_{name}", help, ("tenant",), registry=registry)
 
-        self._requests = counter("requests", "Prompts that were served, also in part, by tenant")
+        self._requests = counter("requests", "Prompts that workers got, by tenant")
         self._prompt_tokens = counter("prompt_tokens", "Tokens of their prompts")
         self._output_tokens = counter("output_tokens", "Tokens that were generated for them")
 

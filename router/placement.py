@@ -16,7 +16,7 @@ and no seat is wanting; their steps, which it makes anyway, count once.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
-from typing import Final, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 import msgspec
 from msgspec.structs import replace
@@ -49,6 +49,14 @@ class Weights:
 WEIGHTS: Final = Weights()
 
 
+class Queued(NamedTuple):
+    """A prompt that a prefill worker still has to compute."""
+
+    tokens: int
+    after: float
+    """Prompts of fewer tokens are computed before it."""
+
+
 @dataclass(slots=True, kw_only=True)
 class Candidate:
     """One live worker as placement sees it; load includes what this router has in flight."""
@@ -64,11 +72,15 @@ class Candidate:
     """Prompt tokens that it still has to compute."""
     queue_s: float | None = None
     """Seconds until it has computed them; None: as its cost model says."""
+    queue: Sequence[Queued] = ()
+    """What is known of them, prompt by prompt."""
     kv_tokens: int = 0
     """Tokens that its sequences hold or will hold once they arrive."""
     num_seqs: int = 0
     ready: bool = True
     """Takes new work."""
+    serves: bool = True
+    """Takes new work as soon as it has room."""
     cost: CostModel = PRIOR
     chunk_tokens: int = 512
     """Prompt tokens that a decode worker computes in one step beside its residents."""

@@ -57,7 +57,8 @@ class Reply(Response):
                 watcher.cancel()
             self._cancel()
             for request in self._call.requests:
-                self._usage.count(self._call.tenant, len(request.prompt), request.num_outputs)
+                if request.next_attempt > 1:  # what no worker got was not served
+                    self._usage.count(self._call.tenant, len(request.prompt), request.num_outputs)
 
     def _cancel(self) -> None:
         for request in self._call.requests:

@@ -209,7 +209,8 @@ class Service:
             case Step(outputs, load):
                 member.report(load)
                 if member.info.role == "decode":
-                    member.meter.stepped(load, time.monotonic())
+                    follows = bool(member.streams)
+                    member.meter.stepped(load, time.monotonic(), follows=follows)
                 for output in outputs:
                     self._dispatcher.take(worker, output)
                 self._dispatcher.serve_waiting()

@@ -5,11 +5,12 @@ from random import Random
 
 import pytest
 
-from common.cost import CostModel
+from common.cost import PRIOR, CostModel
 from common.messages import Admit, KvLayoutInfo
-from router.admission import refusal
-from router.fleet import FULL
-from router.placement import Candidate, View, place
+from router.admission import refusal, ttft_limit
+from router.fleet import FULL, Fleet
+from router.placement import Candidate, Queued, View, place
+from router.request import Attempt
 from router.slo import Limit, Slo
 from router.waiting import Bounds
 from tests.client import complete
@@ -17,6 +18,7 @@ from tests.router.conftest import Deploy
 from tests.router.deployment import until
 from tests.router.stub_worker import expected
 from tests.router.test_recovery import idle
+from tests.worker_info import worker_info
 
 LAYOUT = KvLayoutInfo(block_size=16, num_layers=1, num_kv_heads=1, head_dim=8, dtype="float32")
 COST = CostModel(prefill_s=0.0, token_s=1e-3, pair_s=0.0, step_s=0.01, row_s=0.01, kv_s=0.0)
@@ -57,6 +59,44 @@ def test_what_is_refused(
     )
 
 
+@pytest.mark.parametrize(
+    ("queue", "retry_after_s"),
+    [
+        ([Queued(50_000, 50_000)], None),
+        ([Queued(50_000, 1_001)], None),
+        ([Queued(50_000, 1_000)], 49),  # it waits for so long: nobody overtakes it any more
+        ([Queued(30_000, 9_000), Queued(20_000, -9_000)], 19),
+        ([], 49),  # another router's
+    ],
+)
+def test_whom_a_short_prompt_overtakes_it_does_not_wait_for(
+    queue: list[Queued], retry_after_s: int | None
+) -> None:
+    prefill = worker("prefill", prefill_tokens=50_000)
+    prefill.queue = queue
+    snapshot = [prefill, worker("decode")]
+    placement = place(VIEW, snapshot, Random(0))
+    assert placement is not None
+    error = refusal(Slo(ttft=Limit(2.5)), VIEW, snapshot, placement, 0.0)
+    assert (error and error.retry_after_s) == retry_after_s
+
+
+def test_the_limit_does_not_depend_on_who_has_room() -> None:
+    fleet = Fleet()
+    fleet.up(worker_info("d", role="decode", max_num_seqs=1))
+    limit, slo = 3 * PRIOR.prefill(1000), Slo(ttft=Limit(0.5, 3.0))
+    assert ttft_limit(slo, VIEW, fleet.snapshot()) == pytest.approx(0.5 + limit)
+    one = Attempt(
+        number=1, choices=(0, 1), prefill=None, decode="d", prefill_tokens=9, kv_tokens=9,
+        first=True,
+    )  # fmt: skip
+    fleet.reserve(one)
+    assert not any(candidate.ready for candidate in fleet.snapshot())
+    assert ttft_limit(slo, VIEW, fleet.snapshot()) == pytest.approx(0.5 + limit)
+    fleet["d"].draining = True
+    assert ttft_limit(slo, VIEW, fleet.snapshot()) == pytest.approx(0.5)
+
+
 async def test_late_ones_are_told_when_to_come_back(deploy: Deploy) -> None:
     async with deploy(prefill=0, slo=Slo(ttft=Limit(0.05))) as served:
         served.decodes[0].gate.clear()
@@ -67,6 +107,9 @@ async def test_late_ones_are_told_when_to_come_back(deploy: Deploy) -> None:
         assert int(late.headers["retry-after"]) >= 1
         served.decodes[0].gate.set()
         assert (await first).status == 200
+        # What was refused is nobody's usage.
+        await until(lambda: served.value("tenant_prompt_tokens_total", tenant="") == 900)
+        assert served.value("tenant_requests_total", tenant="") == 1
         await idle(served)
 
 

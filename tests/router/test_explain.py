@@ -9,9 +9,13 @@ import pytest
 from common.blockhash import BlockHash
 from router.explain import KEPT
 from router.ladder import HashCache, Ladder
+from router.request import Request
+from router.tokenizer import TextModel
 from tests.client import complete
 from tests.router.conftest import Deploy
 from tests.router.deployment import until
+from tests.router.stub_worker import expected
+from tests.router.test_request import request as make
 
 PROMPT = list(range(10, 60))
 PARTS = [
@@ -81,6 +85,46 @@ async def test_a_live_request_and_the_end_of_the_ring(deploy: Deploy) -> None:
         assert (await asked).status_code == 200
         await asyncio.gather(*(complete(served.http, [7], max_tokens=1) for _ in range(KEPT)))
         assert (await served.http.get("/v1/requests/mine/explain")).status_code == 404
+
+
+def other(model: TextModel, number: int) -> Request:
+    one = make(model)
+    one.id = -1 - number
+    return one
+
+
+async def test_a_live_request_is_kept_whoever_ends_meanwhile(deploy: Deploy) -> None:
+    async with deploy(prefill=0, decode=1) as served:
+        served.decodes[0].ends_at = 2
+        headers = {"x-request-id": "team/a:1"}
+        body = {"prompt": PROMPT}
+        asked = asyncio.create_task(served.http.post("/v1/completions", json=body, headers=headers))
+        explainer = served.service.explainer
+        await until(lambda: any(trace.first for trace in explainer.find("team/a:1", "")))
+        for number in range(KEPT):
+            one = other(served.text_model, number)
+            explainer.submitted(one)
+            explainer.ended(one, "cancelled")
+        (shown,) = (await served.http.get("/v1/requests/team/a:1/explain")).json()["prompts"]
+        assert shown["outcome"] == "live" and shown["ttft_s"]["actual"] > 0
+        served.decodes[0].go_on()
+        assert (await asked).status_code == 200
+        await until(lambda: served.service.num_live == 0)
+        (shown,) = (await served.http.get("/v1/requests/team/a:1/explain")).json()["prompts"]
+        assert (shown["outcome"], shown["output_tokens"]) == ("finished", 16)
+
+
+async def test_a_full_disk_ends_the_log_and_nothing_else(
+    deploy: Deploy, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with deploy(explain_log=Path("/dev/full")) as served:
+        for seed in range(2):
+            answer = await complete(served.http, PROMPT, seed=seed)
+            assert answer.ids == expected(PROMPT, 16, seed=seed)
+        await until(lambda: served.service.num_live == 0)
+        said = [message for message in caplog.messages if "no more requests are logged" in message]
+        assert len(said) == 1 and said[0].startswith("/dev/full: ")
+        served.service.explainer.close()
 
 
 def hashes(*names: int) -> list[BlockHash]:

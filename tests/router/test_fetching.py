@@ -70,6 +70,6 @@ def test_the_rate_is_what_the_worker_measured() -> None:
     )
     fleet.up(worker_info("p", role="prefill", layout=layout))
     member = fleet["p"]
-    assert member.candidate().fetch_s == 1024 / FETCH_BPS
+    assert member.candidate(0.0).fetch_s == 1024 / FETCH_BPS
     member.report(Load(fetch_bps=2e6))
-    assert member.candidate().fetch_s == 1024 / 2e6
+    assert member.candidate(0.0).fetch_s == 1024 / 2e6

@@ -19,6 +19,7 @@ from router.health import (
     Pace,
     RetryBudget,
 )
+from router.request import Attempt
 from tests.client import complete, stream
 from tests.router.conftest import Deploy
 from tests.router.deployment import until
@@ -31,20 +32,28 @@ PROMPT = list(range(10, 60))
 
 def test_a_breaker_opens_for_longer_each_time_and_lets_one_try() -> None:
     breaker, now = Breaker(), 100.0
+    breaker.sent("stream", now)
     assert [breaker.failed(now) for _ in range(FAILURES)] == [False] * (FAILURES - 1) + [True]
     open_s = OPEN_S[0]
-    for _ in range(8):
-        assert not breaker.allows(now + open_s * 0.99, 0)
+    for turn in range(8):
+        assert not breaker.allows(now + open_s * 0.99)
         now += open_s
-        assert breaker.allows(now, 0) and not breaker.allows(now, 1)
+        assert breaker.allows(now)
+        breaker.sent(turn, now)
+        assert not breaker.allows(now)
+        breaker.ended("stream")  # it began before
+        assert not breaker.allows(now)
+        breaker.ended(turn)
+        assert breaker.allows(now)
         assert breaker.failed(now)
         assert not breaker.failed(now)  # what was in flight fails too
         open_s = min(2 * open_s, OPEN_S[1])
     now += open_s
+    breaker.sent("last", now)
     breaker.succeeded()
-    assert breaker.allows(now, 99)
+    assert breaker.allows(now)
     assert [breaker.failed(now) for _ in range(FAILURES)][-1]
-    assert breaker.allows(now + OPEN_S[0], 0)
+    assert breaker.allows(now + OPEN_S[0])
 
 
 def test_outliers_are_ejected_up_to_the_cap_and_come_back() -> None:
@@ -53,12 +62,51 @@ def test_outliers_are_ejected_up_to_the_cap_and_come_back() -> None:
     assert outliers.review(paces, 0.0) == []
     paces |= {"w1": Pace(9.0, SEEN), "w2": Pace(20.0, SEEN), "w3": Pace(30.0, SEEN - 1)}
     assert outliers.review(paces, 1.0) == ["w2", "w1"]
-    paces["w4"] = Pace(50.0, SEEN)
+    paces |= {"w1": Pace(1.0, 0), "w2": Pace(1.0, 0), "w4": Pace(50.0, SEEN)}
     assert outliers.review(paces, 2.0) == []  # two of six are out
     assert outliers.out("w2", 1.0 + OUT_S / 2) and not outliers.out("w4", 2.0)
     assert not outliers.out("w2", 1.0 + OUT_S)
-    paces["w1"] = Pace(1.0, SEEN)
-    assert outliers.review(paces, 1.0 + OUT_S) == ["w4", "w2"]
+    paces["w1"] = Pace(9.0, SEEN)
+    assert outliers.review(paces, 1.0 + OUT_S) == ["w4", "w1"]
+
+
+def test_who_was_ejected_comes_back_until_it_is_seen_to_be_slow_again() -> None:
+    now = 0.0
+    fleet = Fleet(clock=lambda: now)
+    for id in ("p0", "p1", "p2"):
+        fleet.up(worker_info(id, role="prefill"))
+
+    def serve(id: str, count: int, seconds: float) -> None:
+        nonlocal now
+        for _ in range(count):
+            one = attempt(prefill=id, decode=None)
+            fleet.reserve(one)
+            now += seconds
+            fleet.prefilled(one)
+            fleet.release(one)
+
+    def ready() -> set[str]:
+        fleet.review()
+        return {candidate.id for candidate in fleet.snapshot() if candidate.ready}
+
+    for _ in range(SEEN):
+        for id in ("p0", "p1"):
+            serve(id, 4, 0.1)
+    for _ in range(SEEN):
+        assert ready() == {"p0", "p1", "p2"}
+        serve("p0", 8, 0.1)
+        serve("p2", 1, 4.0)
+    assert ready() == {"p0", "p1"}
+    now += OUT_S
+    for _ in range(SEEN):
+        assert ready() == {"p0", "p1", "p2"}
+        serve("p0", 8, 0.1)
+        serve("p2", 1, 4.0)
+    assert ready() == {"p0", "p1"}
+    now += OUT_S
+    for _ in range(2 * SEEN):
+        assert ready() == {"p0", "p1", "p2"}
+        serve("p2", 1, 0.1)
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -92,6 +140,66 @@ def test_a_fleet_suspends_no_whole_role() -> None:
     assert [c.id for c in fleet.snapshot() if c.ready] == ["d0", "d1"]
     now = OPEN_S[0]
     assert [c.id for c in fleet.snapshot() if c.ready] == ["d0", "d1"]
+
+
+def attempt(prefill: str | None, decode: str | None) -> Attempt:
+    return Attempt(
+        number=1,
+        choices=(0, 1),
+        prefill=prefill,
+        decode=decode,
+        prefill_tokens=30,
+        kv_tokens=50,
+        first=True,
+    )
+
+
+def test_a_worker_with_long_streams_is_tried_again_beside_them() -> None:
+    now = 0.0
+    fleet = Fleet(clock=lambda: now)
+    for id in ("d0", "d1"):
+        fleet.up(worker_info(id, role="decode"))
+
+    def ready() -> set[str]:
+        return {candidate.id for candidate in fleet.snapshot() if candidate.ready}
+
+    stream, first, second = (attempt(None, "d0") for _ in range(3))
+    fleet.reserve(stream)
+    fleet.prefilled(stream)
+    for _ in range(FAILURES):
+        fleet.failed(["d0"])
+    assert ready() == {"d1"}
+    now = OPEN_S[0]
+    assert ready() == {"d0", "d1"}
+    fleet.reserve(first)
+    assert ready() == {"d1"}
+    fleet.release(first)  # its client went away
+    assert ready() == {"d0", "d1"}
+    fleet.reserve(second)
+    fleet.release(stream)
+    assert ready() == {"d1"}
+    fleet.prefilled(second)
+    assert ready() == {"d0", "d1"}
+
+
+def test_a_slow_worker_is_better_than_full_ones_and_those_than_one_that_fails() -> None:
+    fleet = Fleet(clock=lambda: 0.0)
+    for id in ("d0", "d1", "d2"):
+        fleet.up(worker_info(id, role="decode", max_num_seqs=1))
+
+    def ready() -> set[str]:
+        return {candidate.id for candidate in fleet.snapshot() if candidate.ready}
+
+    paces = {"d0": Pace(50.0, SEEN), "d1": Pace(1.0, SEEN), "d2": Pace(1.0, SEEN)}
+    assert fleet._outliers["decode"].review(paces, 0.0) == ["d0"]
+    assert ready() == {"d1", "d2"}
+    fleet.reserve(attempt(None, "d1"))  # two sequences: all that it takes
+    assert ready() == {"d2"}
+    fleet.reserve(attempt(None, "d2"))
+    assert ready() == {"d0"}
+    for _ in range(FAILURES):
+        fleet.failed(["d0"])
+    assert ready() == set()
 
 
 async def test_a_worker_that_fails_again_and_again_gets_a_rest(deploy: Deploy) -> None:

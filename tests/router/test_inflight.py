@@ -63,10 +63,10 @@ async def test_what_one_router_places_counts_for_the_others(redis_server: RedisS
             theirs.reserve(one)
             theirs.reserve(two)
             await until(lambda: ours["d"].kv_tokens.others == 100)
-            assert ours["p"].candidate().prefill_tokens == 60
-            assert ours["d"].candidate().num_seqs == 4
+            assert ours["p"].candidate(0.0).prefill_tokens == 60
+            assert ours["d"].candidate(0.0).num_seqs == 4
             ours.reserve(attempt(1))
-            assert ours["d"].candidate().num_seqs == 6
+            assert ours["d"].candidate(0.0).num_seqs == 6
             await until(lambda: theirs["d"].num_seqs.others == 2)
             theirs.release(two)
             await until(lambda: ours["d"].kv_tokens.others == 50)

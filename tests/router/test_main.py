@@ -9,11 +9,15 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+from starlette.applications import Starlette
 
 from common.identity import text_id
+from router.main import _run
+from router.server import Server, http_config, listen
 from tests.client import http, stream
 from tests.router.deployment import TIMERS, until
 from tests.router.stub_worker import Handoffs, StubWorker, expected
@@ -167,3 +171,17 @@ async def test_idle_router_leaves_at_once(text_files: Path, router_redis: str) -
         served.process.send_signal(signal.SIGTERM)
         code, errors = await served.wait()
         assert code == 0 and "Traceback" not in errors, errors
+
+
+async def test_whatever_ends_of_what_runs_all_the_time_ends_the_router() -> None:
+    async def lasts() -> None:
+        await asyncio.Event().wait()
+
+    async def fails() -> None:
+        raise ValueError("a bug")
+
+    service: Any = None  # asked for nothing before a signal
+    server = Server(http_config(Starlette()))
+    with listen("127.0.0.1", 0) as listener, pytest.raises(ExceptionGroup) as raised:
+        await _run(service, [lasts, fails], server, listener, 1.0)
+    assert raised.group_contains(ValueError, match="a bug")
