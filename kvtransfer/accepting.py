@@ -15,6 +15,13 @@ log = logging.getLogger("tandem.transfer")
 EXHAUSTED: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 """Errors of `accept` that pass when others close their files."""
 RETRY_S: Final = 1.0
+MAX_RETRY_S: Final = 30.0
+"""Between attempts of what fails again and again."""
+
+
+def longer(pause_s: float) -> float:
+    """The pause before the next attempt, after one that came after `pause_s`."""
+    return min(max(RETRY_S, 2 * pause_s), MAX_RETRY_S)
 
 
 async def accept(listener: socket.socket) -> socket.socket:

@@ -24,23 +24,27 @@ class Channel:
         options: Mapping[int, int],
         caller: Caller,
     ) -> None:
-        """Raises zmq.ZMQError for an address that is none."""
+        """Raises zmq.ZMQError for an address that is none, or where no more sockets can be had;
+        the loop then watches nothing of it."""
         self.caller = caller
-        self.control = ControlSocket(context, zmq.DEALER)
-        prepare_dealer(self.control.plain)
-        for option, value in options.items():
-            self.control.plain.setsockopt(option, value)
-        caller.prepare(self.control.plain)
-        self.monitor = LinkMonitor(self.control.plain)
         self.outlet: Outlet | None = None
         self.has_carrier = False
         """A loop of the endpoint keeps `outlet` connected."""
         self.tasks: list[asyncio.Task[None]] = []
         """Loops of the endpoint that read these sockets; they end with the channel."""
+        self.control = ControlSocket(context, zmq.DEALER)
         try:
-            self.control.plain.connect(address)
-        except zmq.ZMQError:
-            self.monitor.close()
+            prepare_dealer(self.control.plain)
+            for option, value in options.items():
+                self.control.plain.setsockopt(option, value)
+            caller.prepare(self.control.plain)
+            self.monitor = LinkMonitor(context, self.control.plain)
+            try:
+                self.control.plain.connect(address)
+            except BaseException:
+                self.monitor.close()
+                raise
+        except BaseException:
             self.control.close(linger=0)
             raise
 

@@ -26,7 +26,7 @@ from common.curve import Caller, CurveKeys, Gate
 from common.errors import ConfigError, ProtocolError
 from common.messages import Peer
 from kvtransfer import protocol
-from kvtransfer.accepting import RETRY_S
+from kvtransfer.accepting import longer
 from kvtransfer.channel import Channel, cancel
 from kvtransfer.commands import (
     ReceiverCommand,
@@ -51,6 +51,11 @@ log = logging.getLogger("tandem.transfer")
 TransferEvent = SenderEvent | ReceiverEvent
 
 _MAX_CONTROL_BYTES = 16 << 20
+_MAX_FUTILE = 2
+"""Data connections of one transport in a row that may be lost before a block lands: a link takes
+the next transport then."""
+_MAX_DOUBLINGS = 4
+"""Of the pause before a data connection is made again, one for each that was lost in that way."""
 
 
 class Inbox(Protocol):
@@ -243,27 +248,34 @@ class Endpoint:
         self._receiver.data[name] = listener.address
 
     async def _accept(self, name: str) -> None:
+        pause_s = 0.0
         while True:
             try:
                 stream = await self._listeners[name].accept()
             except ConnectionResetError as error:
                 log.error("data over %s: %s; starting again", name, error)
-                await self._listen_again(name)
+                await self._listen_again(name, pause_s)
+                pause_s = longer(pause_s)
                 continue
+            pause_s = 0.0
             if self._intake.add(stream):
                 reader = self._start(self._read_data(stream))
                 self._readers.add(reader)
                 reader.add_done_callback(self._readers.discard)
 
-    async def _listen_again(self, name: str) -> None:
-        """After the loss of a listener; senders are told the new address."""
+    async def _listen_again(self, name: str, pause_s: float) -> None:
+        """After the loss of a listener, and this pause; senders are told the new address."""
         self._listeners.pop(name).close()
+        if len(self._receiver.data) > 1:
+            # Who greets meanwhile takes another transport; if there is none, it may try this one.
+            self._receiver.data.pop(name, None)
         while name not in self._listeners:
+            await asyncio.sleep(pause_s)
+            pause_s = longer(pause_s)
             try:
                 await self._listen(name)
             except (OSError, ConfigError) as error:
                 log.error("cannot listen over %s: %s", name, error)
-                await asyncio.sleep(RETRY_S)
         self._receiver.announce()
         self._flush()
 
@@ -297,9 +309,12 @@ class Endpoint:
         """Keep a data connection to this receiver up as long as there is a link to it."""
         connect_s = self._timers.connect_s
         down_since = time.monotonic()
+        futile: Counter[str] = Counter()
         while (link := self._sender.links.get(peer)) is not None:
             addresses = link.data
             names = [name for name in self._transports if name in addresses]
+            names = [name for name in names if futile[name] < _MAX_FUTILE] or names
+            pause_s = self._timers.resend_s / 5
             outlet, failures = await connect(
                 names,
                 addresses,
@@ -321,12 +336,23 @@ class Endpoint:
                 channel.outlet = None
                 outlet.close()
                 down_since = time.monotonic()
+                used = outlet.transport
+                futile[used] = self._num_futile(peer, now, futile[used])
+                pause_s *= 2 ** min(futile[used], _MAX_DOUBLINGS)
                 self._sender.data_lost(peer, down_since)
                 log.info("the data connection to %s was lost", peer.id)
             elif now - down_since >= connect_s:
                 self._sender.lost(peer, f"no data connection: {failures}", now)
             self._flush()
-            await asyncio.sleep(self._timers.resend_s / 5)
+            await asyncio.sleep(pause_s)
+
+    def _num_futile(self, peer: Peer, connected_at: float, before: int) -> int:
+        """Connections in a row on which nothing landed though there was something to send, after
+        one from `connected_at` was lost."""
+        link = self._sender.links.get(peer)
+        if link is None or link.moved_at >= connected_at:
+            return 0
+        return before + any(transfer.is_waiting for transfer in link.transfers.values())
 
     # ------------------------------------------------------------ moving messages
 

@@ -99,16 +99,21 @@ class ControlSocket:
 class LinkMonitor:
     """Tells when the one connection of a DEALER comes up or is lost. Made before it connects."""
 
-    def __init__(self, socket: "zmq.asyncio.Socket | zmq.Socket[bytes]") -> None:
+    def __init__(
+        self, context: zmq.asyncio.Context, socket: "zmq.asyncio.Socket | zmq.Socket[bytes]"
+    ) -> None:
+        """`context`: of the socket. Raises zmq.ZMQError where no more sockets can be had."""
         self._socket = socket
-        self._plain = socket.get_monitor_socket(
-            zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
-        )
-        self._monitor: zmq.asyncio.Socket = (
-            self._plain
-            if isinstance(self._plain, zmq.asyncio.Socket)
-            else zmq.asyncio.Socket.from_socket(self._plain)
-        )
+        # Not of `get_monitor_socket`, which for a plain socket is plain: to await it would take a
+        # second one on the same handle, and libzmq does not bear a handle that is closed twice.
+        self._monitor: zmq.asyncio.Socket = context.socket(zmq.PAIR)
+        try:
+            address = f"inproc://monitor-{int(socket.getsockopt(zmq.FD))}"
+            socket.monitor(address, zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+            self._monitor.connect(address)
+        except BaseException:
+            self.close()
+            raise
 
     async def changed(self) -> bool:
         """Wait for the next change: True is up, False is lost."""
@@ -120,6 +125,6 @@ class LinkMonitor:
                 return False
 
     def close(self) -> None:
+        """Before the socket is closed."""
         self._socket.disable_monitor()
         self._monitor.close(linger=0)
-        self._plain.close(linger=0)

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from threading import Thread
+from time import monotonic
 from typing import Any, Final
 
 import msgspec
@@ -38,6 +39,9 @@ BURST: Final = 256
 """Steps of progress between two looks at everything else."""
 FD_BYTES: Final = 4
 POLL_MS: Final = int(m.ALIVE_S * 1000)
+MAX_GRAVES: Final = 1000
+"""Connections that are over: with so many the helper ends, and the worker starts another one.
+Each keeps memory of UCX, tens of kilobytes."""
 
 
 class Gone(Exception):
@@ -74,6 +78,8 @@ class Connection:
     """Tag of what the peer sends."""
     there: int = 0
     is_up: bool = False
+    is_closing: bool = False
+    """The worker hung up before the peer answered, which is then told so."""
     pidfd: int = -1
     arrivals: deque[Arrival] = field(default_factory=deque)
     shipping: deque[tuple[list[Any], list[Any]]] = field(default_factory=deque)
@@ -96,16 +102,20 @@ class Helper:
         self._free = list(range(m.NUM_ROOMS))
         self._connections: dict[int, Connection] = {}
         self._tags: dict[int, Connection] = {}
-        self._orphans: list[tuple[Arrival, Connection]] = []
+        self._orphans: list[Arrival] = []
         """Still being received for a connection that is over."""
-        self._graves: list[Any] = []
-        """Never freed: the destructors of UCX may wait for a peer that is gone."""
+        self._leaving: list[tuple[list[Any], Any]] = []
+        """(requests, what they read): still being sent for a connection that is over."""
+        self._graves: list[tuple[Any, Any]] = []
+        """(endpoint, its closing). Never freed: the destructors of UCX may wait for a peer that is
+        gone."""
         self._strangers: list[tuple[Side, int, Any, bytearray]] = []
         """Messages for no connection: (side, tag, request, bytes)."""
         self._poll = select.poll()
         self._poll.register(self._link, select.POLLIN)
         self._sides = self._open_sides(settings.is_local)
         self._next_number = 1
+        self._said_at = monotonic()
 
     # ------------------------------------------------------------ UCX workers
 
@@ -146,13 +156,14 @@ class Helper:
                 moved |= self._take_messages(side)
             moved |= self._settle()
             moved |= self._read_link()
+            # By the clock: over a slow network something moves all the time.
+            if monotonic() - self._said_at >= m.ALIVE_S:
+                self._say(m.Alive())
             if not moved and all(side.worker.arm() for side in self._sides):
                 self._sleep()
 
     def _sleep(self) -> None:
         ready = self._poll.poll(POLL_MS)
-        if not ready:
-            self._say(m.Alive())
         watched = {c.pidfd: c for c in self._connections.values() if c.pidfd >= 0}
         for fd, _ in ready:
             if fd in watched:
@@ -169,13 +180,18 @@ class Helper:
             except (Gone, ProtocolError, self._ucx.UCXError) as error:
                 self._lose(connection, str(error))
                 moved = True
-        for arrival, connection in list(self._orphans):
+        for arrival in list(self._orphans):
             if all(request.completed for request in arrival.requests):
-                self._orphans.remove((arrival, connection))
+                self._orphans.remove(arrival)
                 if arrival.room is not None:
                     self._free.append(arrival.room)
         if len(self._orphans) > m.NUM_ROOMS // 2:
             raise SystemExit("too many messages of lost peers could not be cancelled")
+        self._leaving = [
+            (requests, data)
+            for requests, data in self._leaving
+            if not all(request.completed for request in requests)
+        ]
         for stranger in list(self._strangers):
             side, tag, request, data = stranger
             if request.completed:
@@ -243,6 +259,8 @@ class Helper:
                 self._lose(connection, "the peer closed the connection")
             elif kind == ANSWER or connection.is_up:
                 connection.arrivals.append(Arrival(data, [request]))
+            else:
+                self._strangers.append((side, tag, request, data))  # UCX still writes there
 
     def _begin(self, connection: Connection, arrival: Arrival) -> None:
         """Its first message is there."""
@@ -316,8 +334,11 @@ class Helper:
         return connection
 
     def _establish(self, connection: Connection, answer: m.Answer) -> None:
-        """The peer is known from here on."""
+        """The peer is known from here on. Raises Gone, UCXError."""
         connection.there = answer.tag & ~KIND_MASK
+        if connection.is_closing:
+            self._send(connection, BYE | connection.there, b"x")
+            raise Gone("the connection was closed before it was up")
         connection.is_up = True
         if not connection.side.handles_errors:
             try:
@@ -333,7 +354,9 @@ class Helper:
 
     def _remove(self, connection: Connection) -> None:
         del self._connections[connection.number], self._tags[connection.here]
-        self._orphans += [(arrival, connection) for arrival in connection.arrivals]
+        self._orphans += connection.arrivals
+        self._leaving += connection.shipping
+        self._leaving += [([request], data) for request, data in connection.others]
         if connection.pidfd >= 0:
             self._poll.unregister(connection.pidfd)
             os.close(connection.pidfd)
@@ -341,7 +364,14 @@ class Helper:
             closing = connection.endpoint.close()
         except self._ucx.UCXError as error:
             closing = error
-        self._graves.append((connection, closing))
+        self._graves.append((connection.endpoint, closing))
+        self._count_graves()
+
+    def _count_graves(self) -> None:
+        """With those that wait for a peer to answer, who may never do so."""
+        closing = sum(connection.is_closing for connection in self._connections.values())
+        if len(self._graves) + closing > MAX_GRAVES:
+            raise SystemExit(f"{MAX_GRAVES} connections are over; only an end frees their memory")
 
     # ------------------------------------------------------------ sending
 
@@ -365,6 +395,7 @@ class Helper:
     # ------------------------------------------------------------ the worker
 
     def _say(self, message: m.FromHelper) -> None:
+        self._said_at = monotonic()
         self._link.send(m.encode(message))
 
     def _read_link(self) -> bool:
@@ -401,9 +432,12 @@ class Helper:
         try:
             if isinstance(message, m.Ship):
                 self._ship(connection, message, fds)
-            else:
+            elif connection.is_up:
                 self._send(connection, BYE | connection.there, b"x")
                 self._remove(connection)
+            else:
+                connection.is_closing = True  # its peer has no tag to be told by yet
+                self._count_graves()
         except self._ucx.UCXError as error:
             self._lose(connection, str(error))
 
@@ -442,7 +476,11 @@ def main() -> None:
         import_module("libucx").load_library()
     except ModuleNotFoundError:
         pass  # UCX of the system
-    Helper(settings).run()
+    try:
+        Helper(settings).run()
+    except SystemExit as error:
+        print(error, file=sys.stderr, flush=True)
+        os._exit(1)  # at once: the destructors of UCX may wait for a peer that is gone
 
 
 if __name__ == "__main__":

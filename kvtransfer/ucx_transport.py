@@ -125,7 +125,11 @@ class UcxOutlet:
         self._shipping += 1
         staged = 0 if shipment.staged is None else shipment.staged.nbytes
         ship = m.Ship(self._number, encode(shipment.header), runs, staged)
-        self._listener.tell(ship, shipment.staged)
+        try:
+            self._listener.tell(ship, shipment.staged)
+        except OSError as error:
+            log.error("cannot pass blocks to the UCX helper: %s", error)
+            self.lose(str(error))
 
     def abandon(self) -> None:
         """What is read of blocks that have changed fails its digest."""
@@ -170,8 +174,8 @@ class UcxListener:
         self._silence = 0
         self._is_over = False
         self._ready = asyncio.Event()
-        rooms_fd = os.memfd_create("tandem-ucx", os.MFD_CLOEXEC)
         self._link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        rooms_fd = os.memfd_create("tandem-ucx", os.MFD_CLOEXEC)
         with theirs:
             try:
                 os.ftruncate(rooms_fd, m.NUM_ROOMS * self._room_bytes)
@@ -255,7 +259,8 @@ class UcxListener:
     # ------------------------------------------------------------ for streams and outlets
 
     def tell(self, message: m.ToHelper, staged: memoryview | None = None) -> None:
-        """`staged`: bytes that travel with a Ship, copied before this returns."""
+        """`staged`: bytes that travel with a Ship, copied before this returns. Raises OSError where
+        there is no memory, or no descriptor, for them."""
         if self._is_over:
             return
         fds = [] if staged is None else [memory_of(staged)]
@@ -384,11 +389,15 @@ class UcxListener:
 
 
 def memory_of(staged: memoryview) -> int:
-    """A descriptor of memory with these bytes."""
+    """A descriptor of memory with these bytes. Raises OSError."""
     fd = os.memfd_create("tandem-ucx", os.MFD_CLOEXEC)
     left = staged
-    while left:
-        left = left[os.write(fd, left) :]
+    try:
+        while left:
+            left = left[os.write(fd, left) :]
+    except OSError:
+        os.close(fd)
+        raise
     return fd
 
 

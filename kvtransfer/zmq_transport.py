@@ -54,29 +54,35 @@ class ZmqOutlet:
     in_place = False
 
     def __init__(self, context: zmq.asyncio.Context, memory: BlockMemory, caller: Caller) -> None:
+        """Raises zmq.ZMQError where no more sockets can be had."""
         self._memory = memory
-        self._socket = make_dealer(context)
-        caller.prepare(self._socket)
-        self._socket.setsockopt(zmq.SNDHWM, _MAX_QUEUED)
-        self._monitor = LinkMonitor(self._socket)
         self._rooms: list[Room] = []
+        self._socket = make_dealer(context)
+        try:
+            caller.prepare(self._socket)
+            self._socket.setsockopt(zmq.SNDHWM, _MAX_QUEUED)
+            self._monitor = LinkMonitor(context, self._socket)
+        except BaseException:
+            self._socket.close(linger=0)
+            raise
 
     @classmethod
     async def connect(
         cls, context: zmq.asyncio.Context, address: str, memory: BlockMemory, caller: Caller
     ) -> "ZmqOutlet":
-        """Raises OSError for an address that is none; waits for ever where nobody answers."""
-        self = cls(context, memory, caller)
+        """Raises OSError for an address that is none, or where no more sockets can be had; waits
+        for ever where nobody answers."""
         try:
-            self._socket.connect(address)
-            while not await self._monitor.changed():
-                pass
+            self = cls(context, memory, caller)
+            try:
+                self._socket.connect(address)
+                while not await self._monitor.changed():
+                    pass
+            except BaseException:
+                self.close()
+                raise
         except zmq.ZMQError as error:
-            self.close()
             raise OSError(f"{address!r}: {error}") from error
-        except BaseException:
-            self.close()
-            raise
         return self
 
     def writable(self) -> bool:

@@ -17,8 +17,8 @@ UCX = pytest.param(
 )
 
 
-ON_UCX = ("test_transports", "test_ucx")
-"""Modules whose tests run on ucx in every run; the others do in the full fault runs, since each
+ON_UCX = "test_ucx"
+"""The module whose tests run on ucx in every run; others do in the full fault runs, since each
 endpoint on ucx starts a process."""
 
 
@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items
         if item.get_closest_marker("ucx")
         and item.path.parent == Path(__file__).parent
-        and item.path.stem not in ON_UCX
+        and item.path.stem != ON_UCX
     }
     if slow:
         config.hook.pytest_deselected(items=list(slow))

@@ -1,13 +1,17 @@
 """A lost connection is not a failed transfer: it goes on over the next one."""
 
 import asyncio
+from typing import Any
 
 import msgspec
 import pytest
 
 from common.config import TimerConfig
+from kvtransfer import transports
+from kvtransfer.accepting import MAX_RETRY_S, longer
 from kvtransfer.commands import Arrived, Broken, Delivered, Key, Returned, Ticketed, Wanted
-from tests.kvtransfer.node import FIRST, Node, running
+from kvtransfer.transport import Listener, Stream
+from tests.kvtransfer.node import FIRST, PATIENT, Node, running
 from tests.kvtransfer.pool import BLOCK_SIZE
 from tests.kvtransfer.proxy import proxy
 
@@ -79,3 +83,82 @@ async def test_a_black_hole_in_the_data_path_is_a_stall(transport: str) -> None:
         broken = await p.events.next(Broken, timeout_s=timers.stall_s + 1)
         returned = await d.events.next(Returned, timeout_s=1)
         assert (broken.key, returned.key, returned.landed) == (KEY, KEY, (0,))
+
+
+async def test_a_transport_on_which_nothing_lands_is_left() -> None:
+    """It can be connected, as often as one likes; the third round goes over the next transport."""
+    block_bytes = 1 << 18
+    p = Node("p", 1, block_bytes=block_bytes, timers=PATIENT)
+    d = Node("d", 2, block_bytes=block_bytes, timers=PATIENT)
+    async with running(p, d), proxy(d.endpoint._receiver.data["tcp"]) as between:
+        between.reset = 1.0
+        zmq_address = d.endpoint._receiver.data["zmq"]
+        d.endpoint._receiver.data = {"tcp": between.address, "zmq": zmq_address}
+        for block in range(4):
+            p.pool.fill(block, f"block {block}")
+        p.open(KEY, d.peer, 4 * BLOCK_SIZE)
+        await d.events.next(Wanted)
+        d.grant(KEY, {i: 63 - i for i in range(4)})
+        p.offer(KEY, range(4))
+        p.finish(KEY)
+        await d.events.next(Arrived, 60)
+        await p.events.next(Ticketed)
+        await p.events.next(Delivered)
+        assert all(d.pool.read(63 - i) == p.pool.read(i) for i in range(4))
+        assert (between.num_connections, between.happened["reset"]) == (2, 2)
+        assert p.endpoint.stats().links_over == {"zmq": 1}
+
+
+class Fragile:
+    """A listener that nobody connects to, and that is lost when the test says so."""
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+        self.address = listener.address
+        self.lost = asyncio.Event()
+
+    async def accept(self) -> Stream:
+        await self.lost.wait()
+        raise ConnectionResetError("lost")
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+@pytest.mark.parametrize(("transport", "others"), [("auto", {"shm", "zmq"}), ("tcp", {"tcp"})])
+async def test_a_listener_is_lost(
+    transport: str, others: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until there is another one senders are told of the other transports, if there are any."""
+    made: list[Fragile] = []
+    again = asyncio.Event()
+
+    async def fragile(name: str, *arguments: Any) -> Listener:
+        if name == "tcp" and made:
+            await again.wait()
+        listener = await transports.listen(name, *arguments)
+        if name != "tcp":
+            return listener
+        made.append(Fragile(listener))
+        return made[-1]
+
+    monkeypatch.setattr("kvtransfer.endpoint.listen", fragile)
+    d = Node("d", 2, transport=transport)
+    async with running(d):
+        data, listeners = d.endpoint._receiver.data, d.endpoint._listeners
+        assert data["tcp"] == made[0].address
+        made[0].lost.set()
+        while "tcp" in listeners:
+            await asyncio.sleep(0)
+        assert set(data) == others
+        again.set()
+        while "tcp" not in listeners:
+            await asyncio.sleep(0)
+        assert data["tcp"] == made[1].address
+
+
+def test_pauses_between_attempts() -> None:
+    pauses = [0.0]
+    while pauses[-1] < MAX_RETRY_S:
+        pauses.append(longer(pauses[-1]))
+    assert pauses == [0, 1, 2, 4, 8, 16, 30] and longer(30) == 30

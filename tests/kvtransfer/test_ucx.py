@@ -1,6 +1,7 @@
 """Blocks over UCX: both of its ways, a helper that ends or hangs, and senders that lie."""
 
 import asyncio
+import errno
 import os
 import signal
 from importlib.util import find_spec
@@ -10,12 +11,13 @@ import pytest
 from common.errors import ConfigError
 from kvtransfer import protocol, ucx_messages, ucx_transport
 from kvtransfer.commands import Arrived, Delivered, Key, Ticketed, Wanted
+from kvtransfer.outgoing import Shipment
 from kvtransfer.transports import offered
-from kvtransfer.ucx_transport import MISSING, UcxListener
+from kvtransfer.ucx_transport import MISSING, UcxListener, UcxOutlet
 from tests.kvtransfer import test_cutting
 from tests.kvtransfer.conftest import UCX
 from tests.kvtransfer.node import FIRST, PATIENT, Node, running
-from tests.kvtransfer.pool import BLOCK_SIZE, BytePool
+from tests.kvtransfer.pool import BLOCK_SIZE, WIRE, BytePool
 from tests.kvtransfer.raw_sender import raw_sender
 
 KEY = Key(7, 1)
@@ -104,6 +106,35 @@ class TestWhereItIsInstalled:
             while d.endpoint._intake._streams:
                 await asyncio.sleep(0.01)
 
+    async def test_a_connection_is_given_up_before_it_is_answered(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Who answers late is told so, and does not keep it."""
+        p, d = node("p", 1), node("d", 2)
+        heard: asyncio.Queue[ucx_messages.FromHelper] = asyncio.Queue()
+        async with running(p, d):
+            hear = helper(d)._hear
+
+            def listen(message: ucx_messages.FromHelper) -> None:
+                hear(message)
+                heard.put_nowait(message)
+
+            monkeypatch.setattr(helper(d), "_hear", listen)
+            doors = ucx_messages.doors_of(d.endpoint._receiver.data["ucx"])
+            kept = [door for door in doors if door.way == "net"]
+            helper(d)._process.send_signal(signal.SIGSTOP)
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.2):
+                    await helper(p).connect(ucx_messages.address_of(kept), p.pool)
+            helper(d)._process.send_signal(signal.SIGCONT)
+            while not isinstance(message := await heard.get(), ucx_messages.Connected):
+                pass
+            while not isinstance(await heard.get(), ucx_messages.Lost):
+                pass
+            assert message.way == "net"
+            while d.endpoint._intake._streams:
+                await asyncio.sleep(0.01)
+
     async def test_what_does_not_match_is_not_written(self) -> None:
         d = node("d", 2)
         async with running(d):
@@ -139,6 +170,24 @@ class TestWhereItIsInstalled:
 def right_with(header: protocol.DataHeader, **changes: object) -> protocol.DataHeader:
     values = {name: getattr(header, name) for name in header.__struct_fields__}
     return protocol.DataHeader(**(values | changes))
+
+
+async def test_a_shipment_without_memory_costs_its_connection_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What has to be staged is sent in a turn of the loop whose failure would end the worker."""
+
+    def full(staged: memoryview) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(ucx_transport, "memory_of", full)
+    listener = UcxListener.__new__(UcxListener)
+    listener._is_over = False
+    outlet = UcxOutlet(listener, 0, BytePool(1))
+    outlet.connected.set_result("sm")
+    header = protocol.DataHeader(11, b"", 1, 1, (), WIRE)
+    outlet.send(Shipment(header, (), (), memoryview(bytes(64))))
+    assert not await outlet.changed() and not outlet.writable()
 
 
 def test_without_ucxx(monkeypatch: pytest.MonkeyPatch) -> None:
