@@ -10,7 +10,7 @@ import pytest
 
 from common.errors import ProtocolError
 from common.messages import KvLayoutInfo
-from kvtransfer import copying, protocol, shm_transport
+from kvtransfer import copying, protocol, shm_transport, ucx_transport
 from kvtransfer.commands import Arrived, BlockRef, Broken, Delivered, Key, Offer, Ticketed, Wanted
 from kvtransfer.copying import address_of, gather_blocks, library
 from kvtransfer.cutting import Cutting, Piece
@@ -112,6 +112,11 @@ async def test_a_flipped_bit_is_found_and_sent_again(
             shipment.staged[100] ^= 1
         return [] if shipment.staged is None else [shipment.staged]
 
+    def memory_of(staged: memoryview) -> int:
+        if next(flips, False):
+            staged[100] ^= 1
+        return ucx_memory_of(staged)
+
     def gather(cutting, pool, address, pieces, slabs=None):  # type: ignore[no-untyped-def]
         """The sender's pool changes between header and copy."""
         flip = next(flips, False)
@@ -121,7 +126,9 @@ async def test_a_flipped_bit_is_found_and_sent_again(
         p.pool.memory[at] ^= flip
         return digests
 
+    ucx_memory_of = ucx_transport.memory_of
     monkeypatch.setattr(Shipment, "parts", parts)
+    monkeypatch.setattr(ucx_transport, "memory_of", memory_of)
     monkeypatch.setattr(shm_transport, "gather_blocks", gather)
     async with running(p, d):
         p.open(KEY, d.peer, 96)

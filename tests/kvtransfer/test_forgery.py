@@ -1,6 +1,7 @@
 """What a receiver makes of wrong, damaged and repeated messages: nothing is written by them."""
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
@@ -240,10 +241,13 @@ async def test_a_new_life_of_the_sender_ends_the_old_one(scene: Scene) -> None:
 
 async def test_a_late_hello_of_an_old_life_changes_nothing(scene: Scene) -> None:
     with raw_sender(scene.node, epoch=98) as old:
-        await old.greet()
-        for _ in range(8):
+        greeting = asyncio.ensure_future(old.greet())
+        for step in itertools.count(1):
             await asyncio.sleep(TIMERS.heartbeat_s / 4)
-            await scene.raw.send(protocol.Progress(1, 0.0))
+            await scene.raw.send(protocol.Progress(step, 0.0))
+            if step >= 8 and greeting.done():
+                break
+        await greeting
         await scene.succeed()
 
 
