@@ -1,7 +1,7 @@
 """Asks the processes of a deployment whether they do their work. Used by the supervisor.
 
-A worker is ready when the registry shows it with the pid of its present life; the router when its
-`/health` says 200; Redis when it answers.
+A worker is ready when the registry shows it with the pid of its present life and the router gives
+work to as many of its role; the router when its `/health` says 200; Redis when it answers.
 """
 
 import asyncio
@@ -9,6 +9,7 @@ import ssl
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
+import msgspec
 from redis.exceptions import RedisError
 
 from common.records import Keys
@@ -18,8 +19,8 @@ from deploy.process import Process
 ANSWER_S = 2.0
 
 
-async def http_status(url: str) -> int:
-    """Status of a GET; 0 if nobody answers in time."""
+async def http_get(url: str) -> tuple[int, bytes]:
+    """Status and body of a GET; 0 if nobody answers in time."""
     parts = urlsplit(url)
     try:
         async with asyncio.timeout(ANSWER_S):
@@ -31,12 +32,13 @@ async def http_status(url: str) -> int:
                     f"GET {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\n"
                     "Connection: close\r\n\r\n".encode()
                 )
-                words = (await reader.readline()).split()
+                head, _, body = (await reader.read()).partition(b"\r\n\r\n")
             finally:
                 writer.close()
     except (OSError, TimeoutError):
-        return 0
-    return int(words[1]) if len(words) > 1 and words[1].isdigit() else 0
+        return 0, b""
+    words = head.partition(b"\r\n")[0].split()
+    return (int(words[1]) if len(words) > 1 and words[1].isdigit() else 0), body
 
 
 def _unverified() -> ssl.SSLContext:
@@ -62,6 +64,20 @@ class DeploymentReadiness:
         self._workers = workers
 
     async def ready(self, starting: Sequence[Process]) -> set[str]:
+        result = await self._registered(starting)
+        status, body = await http_get(f"{self._router_url}/health")
+        if status != 200:
+            return result & {"redis"}
+        known: dict[str, int] = msgspec.json.decode(body)["workers"]
+        absent = {process.name for process in starting} - result
+        for role in ("prefill", "decode"):
+            mine = {name for name in self._workers if name.partition("-")[0] == role}
+            if known[role] < len(mine - absent):
+                result -= mine
+        return result | {"router"}
+
+    async def _registered(self, starting: Sequence[Process]) -> set[str]:
+        """Redis, if it answers, and the workers that it knows."""
         result: set[str] = set()
         client = open_redis(self._redis_url)
         try:
@@ -77,7 +93,4 @@ class DeploymentReadiness:
             pass  # it starts, or starts again: asked again soon
         finally:
             await client.aclose()
-        if any(process.name == "router" for process in starting):
-            if await http_status(f"{self._router_url}/health") == 200:
-                result.add("router")
         return result

@@ -143,7 +143,7 @@ def create_app(parts: Parts) -> FastAPI:
     async def health() -> Response:
         reason = service.unavailable()
         if reason is None:
-            return json_response({"status": "ok"})
+            return json_response({"status": "ok", "workers": service.fleet.counts()})
         return json_response({"status": "unavailable", "reason": reason}, 503)
 
     @app.head("/ping", include_in_schema=False)

@@ -220,6 +220,11 @@ class Fleet:
         if self._members.pop(worker_id, None) is not None:
             self._update_limits()
 
+    def counts(self) -> dict[str, int]:
+        """How many workers of each role get work."""
+        roles = [member.info.role for member in self if member.state == "ready"]
+        return {role: roles.count(role) for role in ("prefill", "decode")}
+
     def why_not(self) -> str | None:
         """None if a request can be served, else why not."""
         states = {member.state for member in self if member.info.role == "decode"}

@@ -57,7 +57,9 @@ def complete(url: str, max_tokens: int = 8) -> list[int]:
 def test_serves_restarts_a_killed_worker_and_drains(model: Path) -> None:
     flags = ("--model", str(model), "--served-model-name", "tiny", "--dtype", "float32")
     with Deployment(*flags) as deployment:
-        assert httpx.get(f"{deployment.url}/health").status_code == 200
+        health = httpx.get(f"{deployment.url}/health")
+        assert health.status_code == 200
+        assert health.json()["workers"] == {"prefill": 1, "decode": 1}
         (served,) = httpx.get(f"{deployment.url}/v1/models").json()["data"]
         assert served["id"] == "tiny"
         tokens = complete(deployment.url)

@@ -9,7 +9,7 @@ import pytest
 
 from common.config import RouterConfig
 from common.errors import ConfigError
-from deploy.readiness import http_status
+from deploy.readiness import http_get
 from router.cors import Cors
 from router.server import Tls
 from tests.client import complete, stream
@@ -37,7 +37,7 @@ async def test_https(deploy: Deploy, files: Tls) -> None:
         assert served.url.startswith("https://")
         whole = await complete(served.http, PROMPT, seed=1)
         assert (await stream(served.http, PROMPT, seed=1)).tokens == whole.tokens
-        assert await http_status(f"{served.url}/health") == 200
+        assert (await http_get(f"{served.url}/health"))[0] == 200
         async with httpx.AsyncClient() as stranger:
             with pytest.raises(httpx.ConnectError, match=r"(?i)certificate"):
                 await stranger.get(f"{served.url}/health")
