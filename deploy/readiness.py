@@ -19,6 +19,12 @@ from deploy.process import Process
 ANSWER_S = 2.0
 
 
+class _Health(msgspec.Struct):
+    """What `/health` of a router says."""
+
+    workers: dict[str, int]
+
+
 async def http_get(url: str) -> tuple[int, bytes]:
     """Status and body of a GET; 0 if nobody answers in time."""
     parts = urlsplit(url)
@@ -68,11 +74,14 @@ class DeploymentReadiness:
         status, body = await http_get(f"{self._router_url}/health")
         if status != 200:
             return result & {"redis"}
-        known: dict[str, int] = msgspec.json.decode(body)["workers"]
+        try:
+            known = msgspec.json.decode(body, type=_Health).workers
+        except msgspec.DecodeError:
+            return result & {"redis"}  # whoever has the port of our router, which will say so
         absent = {process.name for process in starting} - result
         for role in ("prefill", "decode"):
             mine = {name for name in self._workers if name.partition("-")[0] == role}
-            if known[role] < len(mine - absent):
+            if known.get(role, 0) < len(mine - absent):
                 result -= mine
         return result | {"router"}
 
