@@ -124,6 +124,8 @@ class Door(NamedTuple):
     way: str
     """`net`, or `sm/` and what tells one machine (and one set of process ids) from others."""
     worker: bytes
+    bulk: bytes
+    """The UCX worker that takes bodies; empty: the same."""
     tag: int
 
 

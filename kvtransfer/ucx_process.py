@@ -40,8 +40,8 @@ BURST: Final = 256
 FD_BYTES: Final = 4
 POLL_MS: Final = int(m.ALIVE_S * 1000)
 MAX_GRAVES: Final = 1000
-"""Connections that are over: with so many the helper ends, and the worker starts another one.
-Each keeps memory of UCX, tens of kilobytes."""
+"""Endpoints of connections that are over: with so many the helper ends, and the worker starts
+another one. Each keeps memory of UCX, tens of kilobytes."""
 
 
 class Gone(Exception):
@@ -57,6 +57,12 @@ class Side:
     door_tag: int
     handles_errors: bool
     """UCX tells when a peer is gone. Over shared memory it cannot: there the process is watched."""
+    bulk: Any
+    """The UCX worker for bodies; the same one unless they go apart (see `_open_sides`)."""
+
+    @property
+    def workers(self) -> list[Any]:
+        return [self.worker] if self.bulk is self.worker else [self.worker, self.bulk]
 
 
 @dataclass(eq=False)
@@ -74,6 +80,8 @@ class Connection:
     number: int
     side: Side
     endpoint: Any
+    bulk: Any
+    """The endpoint for bodies; None where the peer sends them."""
     here: int
     """Tag of what the peer sends."""
     there: int = 0
@@ -125,9 +133,13 @@ class Helper:
         net = {"TLS": "^sm"} if chosen["TLS"] == "all" else {}
         if is_local and chosen["NET_DEVICES"] == "all":
             net["NET_DEVICES"] = "lo"
-        if chosen["RNDV_SCHEME"] == "auto" and not m.has_rdma():
-            net["RNDV_SCHEME"] = "put_zcopy"  # UCX's own choice for TCP takes 2.7 times as long
         sides = [self._open_side("net", net, True)]
+        if chosen["RNDV_SCHEME"] == "auto" and not m.has_rdma():
+            # Over TCP the sender's kernel writes to where the bytes belong. UCX does so where it is
+            # told, and only between endpoints that do not handle errors: else it cuts a message
+            # into pieces of 16 KB that are copied twice more, which takes four times as long. So
+            # bodies have endpoints of their own; those for all else say when a peer is gone.
+            sides[0].bulk = self._open_worker({**net, "RNDV_SCHEME": "put_zcopy"})
         if chosen["TLS"] == "all":
             # The receiver reads: a sender that was stopped meanwhile has nothing left to write.
             sm = {"TLS": "posix,cma,self", "RNDV_SCHEME": "get_zcopy"}
@@ -135,31 +147,45 @@ class Helper:
         return sides
 
     def _open_side(self, way: str, options: dict[str, str], handles_errors: bool) -> Side:
+        worker = self._open_worker(options)
+        return Side(way, worker, secrets.randbits(KIND_BITS), handles_errors, worker)
+
+    def _open_worker(self, options: dict[str, str]) -> Any:
         features = (self._ucx.Feature.TAG, self._ucx.Feature.WAKEUP)
         worker = self._ucx.UCXWorker(self._ucx.UCXContext(options, features))
         worker.init_blocking_progress_mode()
         self._poll.register(worker.epoll_file_descriptor, select.POLLIN)
-        return Side(way, worker, secrets.randbits(KIND_BITS), handles_errors)
+        return worker
 
     # ------------------------------------------------------------ the loop
 
     def run(self) -> None:
-        doors = [m.Door(s.way, bytes(s.worker.address), s.door_tag) for s in self._sides]
+        doors = [
+            m.Door(
+                side.way,
+                bytes(side.worker.address),
+                b"" if side.bulk is side.worker else bytes(side.bulk.address),
+                side.door_tag,
+            )
+            for side in self._sides
+        ]
         self._say(m.Ready(m.address_of(doors)))
+        workers = [worker for side in self._sides for worker in side.workers]
         while True:
             moved = False
-            for side in self._sides:
+            for worker in workers:
                 for _ in range(BURST):
-                    if not side.worker.progress_once():
+                    if not worker.progress_once():
                         break
                     moved = True
+            for side in self._sides:
                 moved |= self._take_messages(side)
             moved |= self._settle()
             moved |= self._read_link()
             # By the clock: over a slow network something moves all the time.
             if monotonic() - self._said_at >= m.ALIVE_S:
                 self._say(m.Alive())
-            if not moved and all(side.worker.arm() for side in self._sides):
+            if not moved and all(worker.arm() for worker in workers):
                 self._sleep()
 
     def _sleep(self) -> None:
@@ -283,7 +309,7 @@ class Helper:
         tag = self._ucx.UCXXTag(BODY | envelope.tag & ~KIND_MASK)
         for length in envelope.lengths:
             target = self._array(self._rooms[start : start + length])
-            arrival.requests.append(connection.side.worker.tag_recv(target, tag))
+            arrival.requests.append(connection.side.bulk.tag_recv(target, tag))
             start += length
 
     # ------------------------------------------------------------ connections
@@ -296,11 +322,13 @@ class Helper:
             if door is None:
                 continue
             try:
-                endpoint = self._endpoint(side, door.worker)
+                endpoint = bulk = self._endpoint(side, door.worker)
+                if door.bulk:
+                    bulk = self._bulk_endpoint(side, door.bulk)
             except self._ucx.UCXError as error:
                 reasons.append(f"{side.way}: {error}")
                 continue
-            connection = self._add(number, side, endpoint)
+            connection = self._add(number, side, endpoint, bulk)
             hello = m.Hello(bytes(side.worker.address), connection.here, os.getpid())
             self._send(connection, HELLO | door.tag, m.encode(hello))
             return
@@ -314,7 +342,7 @@ class Helper:
         except (msgspec.DecodeError, self._ucx.UCXError) as error:
             print(f"a peer could not connect: {error}", file=sys.stderr, flush=True)
             return
-        connection = self._add(self._next_number, side, endpoint)
+        connection = self._add(self._next_number, side, endpoint, None)
         self._next_number += 2
         self._send(connection, ANSWER | hello.tag, m.encode(m.Answer(connection.here, os.getpid())))
         try:
@@ -322,14 +350,18 @@ class Helper:
         except Gone as error:
             self._lose(connection, str(error))
 
-    def _endpoint(self, side: Side, worker: bytes) -> Any:
-        address = self._ucx.UCXAddress.create_from_buffer(worker)
+    def _endpoint(self, side: Side, there: bytes) -> Any:
+        address = self._ucx.UCXAddress.create_from_buffer(there)
         return self._ucx.UCXEndpoint.create_from_worker_address(
             side.worker, address, side.handles_errors
         )
 
-    def _add(self, number: int, side: Side, endpoint: Any) -> Connection:
-        connection = Connection(number, side, endpoint, secrets.randbits(KIND_BITS))
+    def _bulk_endpoint(self, side: Side, there: bytes) -> Any:
+        address = self._ucx.UCXAddress.create_from_buffer(there)
+        return self._ucx.UCXEndpoint.create_from_worker_address(side.bulk, address, False)
+
+    def _add(self, number: int, side: Side, endpoint: Any, bulk: Any) -> Connection:
+        connection = Connection(number, side, endpoint, bulk, secrets.randbits(KIND_BITS))
         self._connections[number] = self._tags[connection.here] = connection
         return connection
 
@@ -360,18 +392,22 @@ class Helper:
         if connection.pidfd >= 0:
             self._poll.unregister(connection.pidfd)
             os.close(connection.pidfd)
-        try:
-            closing = connection.endpoint.close()
-        except self._ucx.UCXError as error:
-            closing = error
-        self._graves.append((connection.endpoint, closing))
+        endpoints = [connection.endpoint]
+        if connection.bulk not in (None, connection.endpoint):
+            endpoints.append(connection.bulk)
+        for endpoint in endpoints:
+            try:
+                closing = endpoint.close()
+            except self._ucx.UCXError as error:
+                closing = error
+            self._graves.append((endpoint, closing))
         self._count_graves()
 
     def _count_graves(self) -> None:
         """With those that wait for a peer to answer, who may never do so."""
         closing = sum(connection.is_closing for connection in self._connections.values())
         if len(self._graves) + closing > MAX_GRAVES:
-            raise SystemExit(f"{MAX_GRAVES} connections are over; only an end frees their memory")
+            raise SystemExit(f"{MAX_GRAVES} endpoints are over; only an end frees their memory")
 
     # ------------------------------------------------------------ sending
 
@@ -384,11 +420,12 @@ class Helper:
         bodies += [memoryview(mmap.mmap(fd, ship.staged, prot=mmap.PROT_READ)) for fd in fds]
         tag = secrets.randbits(KIND_BITS)
         envelope = m.Envelope(ship.header, tag, tuple(len(body) for body in bodies))
-        parts = [(ENVELOPE | connection.there, memoryview(m.encode(envelope)))]
-        parts += [(BODY | tag, body) for body in bodies]
+        first = memoryview(m.encode(envelope))
+        parts = [(connection.endpoint, ENVELOPE | connection.there, first)]
+        parts += [(connection.bulk, BODY | tag, body) for body in bodies]
         requests = [
-            connection.endpoint.tag_send(self._array(part), self._ucx.UCXXTag(part_tag))
-            for part_tag, part in parts
+            endpoint.tag_send(self._array(part), self._ucx.UCXXTag(part_tag))
+            for endpoint, part_tag, part in parts
         ]
         connection.shipping.append((requests, parts))
 

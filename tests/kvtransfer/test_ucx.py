@@ -34,6 +34,14 @@ def helper(of: Node) -> UcxListener:
     return listener
 
 
+def keep_way(of: Node, way: str) -> None:
+    """Senders are told this way alone."""
+    data = of.endpoint._receiver.data
+    kept = [door for door in ucx_messages.doors_of(data["ucx"]) if door.way.startswith(way)]
+    assert len(kept) == 1
+    data["ucx"] = ucx_messages.address_of(kept)
+
+
 async def ship(p: Node, d: Node, key: Key, num_blocks: int) -> None:
     """Scattered blocks of the sender, to other numbers."""
     blocks = [(5 * i) % 64 for i in range(num_blocks)]
@@ -57,10 +65,7 @@ class TestWhereItIsInstalled:
     async def test_large_blocks(self, way: str) -> None:
         p, d = node("p", 1, 1 << 18), node("d", 2, 1 << 18)
         async with running(p, d):
-            doors = ucx_messages.doors_of(d.endpoint._receiver.data["ucx"])
-            kept = [door for door in doors if door.way.startswith(way)]
-            d.endpoint._receiver.data["ucx"] = ucx_messages.address_of(kept)
-            assert len(kept) == 1
+            keep_way(d, way)
             for attempt in range(3):
                 await ship(p, d, Key(7, attempt), 60)
             assert d.endpoint.stats().bytes_received_over == {"ucx": 3 * 60 << 18}
@@ -89,6 +94,28 @@ class TestWhereItIsInstalled:
                 while "ucx" not in victim.endpoint._listeners:
                     await asyncio.sleep(0.01)
                 await ship(p, d, Key(8 + victim.epoch, 1), 3)
+
+    @pytest.mark.parametrize("victim_id", ["p", "d"])
+    async def test_a_helper_that_is_killed_amid_data(self, victim_id: str) -> None:
+        """What was under way arrives once there is a new one, and the other one lives on."""
+        p, d = node("p", 1, 1 << 18), node("d", 2, 1 << 18)
+        async with running(p, d):
+            keep_way(d, "net")
+            await ship(p, d, Key(7, 1), 60)
+            victim, other = (p, d) if victim_id == "p" else (d, p)
+            dead, alive = helper(victim), helper(other)
+            before = d.endpoint.stats().blocks_received
+            shipping = asyncio.create_task(ship(p, d, Key(7, 2), 60))
+            while d.endpoint.stats().blocks_received == before:
+                await asyncio.sleep(0)
+            dead._process.send_signal(signal.SIGKILL)
+            await shipping
+            while victim.endpoint._listeners.get("ucx", dead) is dead:
+                await asyncio.sleep(0.01)
+            while "ucx" not in victim.endpoint._listeners:
+                await asyncio.sleep(0.01)
+            await ship(p, d, Key(7, 3), 60)
+            assert helper(other) is alive and alive._process.poll() is None
 
     async def test_a_helper_that_hangs_is_ended(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(ucx_transport, "MAX_SILENCE", 1)

@@ -140,12 +140,15 @@ class Scene:
     def close(self) -> None:
         self.link.close()
         self.helper._link.close()
-        for fd in [*self._fds, *(s.worker.epoll_file_descriptor for s in self.helper._sides)]:
+        for fd in [
+            *self._fds,
+            *(w.epoll_file_descriptor for s in self.helper._sides for w in s.workers),
+        ]:
             os.close(fd)
 
     def connect(self, number: int) -> Connection:
         """To a peer that has the tag 5 for it."""
-        door = m.Door(self.helper._sides[0].way, b"there", 5)
+        door = m.Door(self.helper._sides[0].way, b"there", b"", 5)
         self.helper._obey(m.Connect(number, m.address_of([door])), [])
         return self.helper._connections[number]
 
@@ -237,7 +240,7 @@ def test_a_helper_ends_before_it_has_grown_large(
         scene.connect(number)
         scene.helper._obey(m.HangUp(number), [])
     scene.answer(scene.connect(4))
-    with pytest.raises(SystemExit, match="2 connections are over"):
+    with pytest.raises(SystemExit, match="2 endpoints are over"):
         scene.helper._obey(m.HangUp(4), [])
 
 
