@@ -1,42 +1,54 @@
-"""The CPU kernels against their floors: `python -m benchmarks.kernels [--threads N] [--json FILE]`.
+"""The CPU kernels against their floors: `python -m benchmarks.kernels [--threads N] [--keep]`.
 
 One line per kernel. The floor is the larger of the bytes that must be read over the measured read
-bandwidth and the floating-point operations over the measured rate of a large bfloat16 product by
-torch (oneDNN), both measured in the same run with the same threads. Operands are taken in turn from
-sets larger than the last cache, as the layers of a model are. Times are medians.
+bandwidth and the operations over the measured rate of a large product by torch (oneDNN) in
+bfloat16, or in 8-bit integers where those are multiplied, all measured in the same run with the
+same threads. Operands are taken in turn from sets larger than the last cache, as the layers of a
+model are; where they lie in the caches, the floor of memory can be beaten. Times are medians.
 """
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import cycle
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 
+from benchmarks import machine as provenance
+from benchmarks import rates
+from benchmarks.compare.paths import RESULTS
+from benchmarks.kernels_model import (
+    BLOCK,
+    DTYPE,
+    llama_135m,
+    matrix_bytes,
+    numel,
+    random_matrix,
+    random_weights,
+    step_rows,
+)
 from common.kv.layout import KvLayout
 from common.kv.pool import KvPool
-from common.model.batch import Row, Sample
 from common.model.cpu import kernels, library
-from common.model.quantize import SCHEMES, Matrix, QuantizedMatrix, quantize
-from common.model.rope_spec import RopeSpec
+from common.model.quantize import SCHEMES, Matrix, quantize
 from common.model.runner import ModelRunner
 from common.model.spec import ModelSpec
-from common.model.weights import LayerWeights, MatrixName, Weights, quantize_weights
-from common.sampling import SamplingParams
+from common.model.weights import MatrixName, quantize_weights
 
-DTYPE: Final = torch.bfloat16
 SET_BYTES: Final = 256 << 20
-BLOCK: Final = 16
 MIN_CALLS: Final = 7
-TIME_S: Final = 1.0
+MANY_COLUMNS: Final = 10_000
+TIME_S: Final = 0.6
 """Of one line, about."""
-GREEDY: Final = SamplingParams(max_tokens=2, temperature=0.0)
+INTEGERS: Final = "w8a8"
+"""The scheme whose products are of integers; the others' are of bfloat16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +58,11 @@ class Machine:
     threads: int
     bytes_per_s: float
     flops_per_s: float
+    integers_per_s: float
+
+    def rate(self, scheme: str | None) -> float:
+        """Operations per second of products with weights of a scheme."""
+        return self.integers_per_s if scheme == INTEGERS else self.flops_per_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +95,18 @@ def median_s(call: Callable[[], object]) -> float:
     return statistics.median(times)
 
 
-def line(name: str, machine: Machine, seconds: float, num_bytes: float, flops: float) -> Line:
-    memory, compute = num_bytes / machine.bytes_per_s, flops / machine.flops_per_s
+def line(
+    name: str,
+    machine: Machine,
+    seconds: float,
+    num_bytes: float,
+    flops: float,
+    scheme: str | None = None,
+    attention: float = 0.0,
+) -> Line:
+    """flops: all of them; attention: those of it that are of bfloat16 whatever the scheme."""
+    memory = num_bytes / machine.bytes_per_s
+    compute = (flops - attention) / machine.rate(scheme) + attention / machine.flops_per_s
     return Line(
         kernel=name,
         threads=machine.threads,
@@ -102,25 +129,44 @@ def measure_machine(threads: int) -> Machine:
         threads=threads,
         bytes_per_s=memory.numel() * 4 / reading,
         flops_per_s=2 * a.numel() * len(b) / product,
+        integers_per_s=integers_per_s(threads),
     )
+
+
+def integers_per_s(threads: int) -> float:
+    """Of products of 8-bit integers. oneDNN gains little from a second thread, so that it counts
+    what each core does with a product of its own while the others are busy with theirs."""
+    together = rates.int8_gop_s()
+    if threads == 1:
+        return together * 1e9
+    usable = sorted(os.sched_getaffinity(0))
+    torch.set_num_threads(1)
+    os.sched_setaffinity(0, usable[:1])
+    try:
+        with rates.busy(usable[1:threads]):
+            one = rates.int8_gop_s()
+    finally:
+        os.sched_setaffinity(0, usable)
+        torch.set_num_threads(threads)
+    return max(together, threads * one) * 1e9
 
 
 def measure_linear(
     machine: Machine, columns: int, depth: int, scheme: str | None = None
 ) -> Iterator[Line]:
-    """The floor of operations is that of bfloat16, for quantised weights too."""
     native = library.load()
     dense = random_matrix(columns, depth)
     weight: Matrix = dense if scheme is None else quantize(dense, SCHEMES[scheme])
     num_bytes = matrix_bytes(weight)
     count = max(1, SET_BYTES // num_bytes)
     linears = cycle([kernels.Linear(native, weight, machine.threads) for _ in range(count)])
-    for rows in (1, 8, 16, 32, 128, 512):
+    # The logits are of the rows that sample: never many.
+    for rows in (1, 8, 16, 32) if columns > MANY_COLUMNS else (1, 8, 16, 32, 128, 512):
         a = kernels.padded(torch.randn(rows, depth).to(DTYPE))
         to = torch.empty(rows, -(-columns // kernels.ALIGNMENT) * kernels.ALIGNMENT)
         seconds = median_s(lambda a=a, to=to: next(linears).apply(a, to))  # type: ignore[misc]
         name = f"linear {scheme or 'bfloat16'} {depth}x{columns}, {rows} rows"
-        yield line(name, machine, seconds, num_bytes, 2 * rows * columns * depth)
+        yield line(name, machine, seconds, num_bytes, 2 * rows * columns * depth, scheme)
 
 
 def measure_attention(machine: Machine, group: int, head_dim: int) -> Iterator[Line]:
@@ -148,14 +194,22 @@ def measure_attention(machine: Machine, group: int, head_dim: int) -> Iterator[L
         yield line(name, machine, median_s(call), num_bytes, 4 * pairs * group * head_dim)
 
 
-def measure_rows(machine: Machine, hidden: int, inner: int) -> Iterator[Line]:
+def measure_rows(machine: Machine, spec: ModelSpec) -> Iterator[Line]:
     """The elementwise kernels, on 32 rows that lie in the caches."""
+    hidden, inner = spec.hidden_size, spec.intermediate_size
     assert machine.threads == 1, machine
     native = library.load()
     x, weight = torch.randn(32, hidden), torch.ones(hidden)
     seconds = median_s(lambda: kernels.rms_norm(native, x, weight, 1e-5, DTYPE))
     yield line(f"rms_norm {hidden}, 32 rows", machine, seconds, x.numel() * 6, 4 * x.numel())
     gate, up = torch.randn(2, 32 * inner)
+    # Rotated and written where attention reads it, as it is for the KV cache.
+    count = 32 * (spec.num_heads + spec.num_kv_heads)
+    heads = torch.randn(count, spec.head_dim)
+    cos, sin = torch.randn(2, spec.head_dim // 2)
+    seconds = median_s(lambda: kernels.rotate(native, heads, cos, sin, DTYPE))
+    name = f"rotate and store {spec.head_dim}, {count} heads"
+    yield line(name, machine, seconds, heads.numel() * 6, 3 * heads.numel())
     seconds = median_s(lambda: kernels.swiglu(native, gate, up, DTYPE))
     yield line(f"swiglu {inner}, 32 rows", machine, seconds, gate.numel() * 10, 20 * gate.numel())
 
@@ -188,94 +242,15 @@ def measure_steps(machine: Machine, spec: ModelSpec, scheme: str | None = None) 
         num_bytes = weight_bytes + batch * end * kv_bytes
         model = f"{scheme or 'bfloat16'} {spec.hidden_size}x{spec.num_layers}"
         name = f"step {model}, {batch} x {count} after {start}"
-        yield line(name, machine, seconds, num_bytes, flops)
+        yield line(name, machine, seconds, num_bytes, flops, scheme, attention)
 
 
-def step_rows(batch: int, count: int, start: int) -> Iterator[Row]:
-    per_row = -(-(start + count) // BLOCK)
-    known = [7] * (start + count)
-    for i in range(batch):
-        blocks = range(i * per_row, (i + 1) * per_row)
-        yield Row(known[start:], start, blocks, (Sample(0, GREEDY, known, len(known)),))
-
-
-def numel(matrix: Matrix) -> int:
-    return (matrix.values if isinstance(matrix, QuantizedMatrix) else matrix).numel()
-
-
-def matrix_bytes(matrix: Matrix) -> int:
-    """That a product reads."""
-    if isinstance(matrix, QuantizedMatrix):
-        return matrix.values.numel() * matrix.scheme.bits // 8 + matrix.scales.numel() * 4
-    return matrix.numel() * matrix.itemsize
-
-
-def random_matrix(rows: int, columns: int) -> torch.Tensor:
-    return torch.randn(rows, columns).mul_(columns**-0.5).to(DTYPE)
-
-
-def random_weights(spec: ModelSpec) -> Weights:
-    hidden, inner = spec.hidden_size, spec.intermediate_size
-    q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    ones = torch.ones(hidden, dtype=DTYPE)
-
-    def layer() -> LayerWeights:
-        return LayerWeights(
-            input_norm=ones,
-            qkv=random_matrix(q_size + 2 * kv_size, hidden),
-            qkv_bias=torch.zeros(q_size + 2 * kv_size, dtype=DTYPE) if spec.qkv_bias else None,
-            q_norm=None,
-            k_norm=None,
-            o=random_matrix(hidden, q_size),
-            o_bias=None,
-            mlp_norm=ones,
-            gate_up=random_matrix(2 * inner, hidden),
-            gate_up_bias=None,
-            down=random_matrix(hidden, inner),
-            down_bias=None,
-        )
-
-    embedding = random_matrix(spec.vocab_size, hidden)
-    layers = tuple(layer() for _ in range(spec.num_layers))
-    return Weights(embedding=embedding, layers=layers, norm=ones, head=embedding)
-
-
-def llama_135m() -> ModelSpec:
-    """SmolLM2-135M."""
-    return ModelSpec(
-        architecture="llama",
-        vocab_size=49_152,
-        hidden_size=576,
-        intermediate_size=1_536,
-        num_layers=30,
-        num_heads=9,
-        num_kv_heads=3,
-        head_dim=64,
-        rms_norm_eps=1e-5,
-        rope=RopeSpec(),
-        max_position_embeddings=8_192,
-        tie_word_embeddings=True,
-        qkv_bias=False,
-        o_bias=False,
-        mlp_bias=False,
-        qk_norm=False,
-        windows=(None,) * 30,
-        eos_token_ids=(0,),
-        dtype="bfloat16",
-    )
-
-
-def measure(threads: int) -> Iterator[Line]:
-    one, all_threads = measure_machine(1), measure_machine(threads)
-    for machine in dict.fromkeys((one, all_threads)):
-        print(
-            f"{machine.threads} threads: reads {machine.bytes_per_s / 1e9:.1f} GB/s, "
-            f"multiplies {machine.flops_per_s / 1e9:.0f} GFLOP/s",
-            flush=True,
-        )
+def measure(machines: tuple[Machine, Machine]) -> Iterator[Line]:
+    """machines: of one thread, and of all of them."""
+    one, all_threads = machines
     spec = llama_135m()
     torch.set_num_threads(1)
-    yield from measure_rows(one, spec.hidden_size, spec.intermediate_size)
+    yield from measure_rows(one, spec)
     yield from measure_attention(one, spec.num_heads // spec.num_kv_heads, spec.head_dim)
     for scheme in (None, *SCHEMES):
         for columns, depth in ((3_072, 576), (576, 1_536), (49_152, 576)):
@@ -284,23 +259,68 @@ def measure(threads: int) -> Iterator[Line]:
         yield from measure_steps(all_threads, spec, scheme)
 
 
+HEADER: Final = ("kernel", "ms", "floor ms", "share", "bound", "GB/s", "GFLOP/s")
+
+
+def cells(one: Line) -> tuple[str, ...]:
+    return (
+        one.kernel, f"{one.ms:.3f}", f"{one.floor_ms:.3f}", f"{one.share:.0%}", one.bound,
+        f"{one.gb_per_s:.1f}", f"{one.gflop_per_s:.1f}",
+    )  # fmt: skip
+
+
+def told(machine: Machine) -> str:
+    return (
+        f"{machine.threads} thread{'s' if machine.threads > 1 else ''}: reads "
+        f"{machine.bytes_per_s / 1e9:.1f} GB/s, multiplies {machine.flops_per_s / 1e9:.0f} GFLOP/s "
+        f"in bfloat16, {machine.integers_per_s / 1e9:.0f} GOP/s in 8-bit integers"
+    )
+
+
+def page(document: Mapping[str, Any], machines: Sequence[Machine], lines: Sequence[Line]) -> str:
+    """The results as Markdown."""
+    rows = [HEADER, ("---",) * len(HEADER), *map(cells, lines)]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    where = f"{document['machine']['cpu']}, {document['date'][:10]}, commit {document['commit']}"
+    rates_ = "\n".join(f"- {told(machine)}" for machine in machines)
+    return (
+        f"# CPU kernels against their floors\n\n`{document['command']}`: {where}, machine "
+        f"{document['busy_share']:.0%} busy before. Share: of the floor, 100 % is perfect.\n\n"
+        f"{rates_}\n\n{table}\n"
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.kernels", description=__doc__)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
+    usable = len(os.sched_getaffinity(0))
+    parser.add_argument("--threads", type=int, default=usable, help="none: a thread for each core")
     parser.add_argument("--json", type=Path, help="file for the results")
+    parser.add_argument(
+        "--keep", action="store_true", help="write benchmarks/results/kernels.json and kernels.md"
+    )
     arguments = parser.parse_args(argv)
+    document = provenance.provenance() | {"busy_share": provenance.busy_share()}
     torch.manual_seed(0)
+    machines = measure_machine(1), measure_machine(arguments.threads)
+    for machine in dict.fromkeys(machines):
+        print(told(machine), flush=True)
     lines: list[Line] = []
-    print(f"{'kernel':48} {'ms':>9} {'floor':>9} {'share':>6}  bound     GB/s  GFLOP/s")
-    for one in measure(arguments.threads):
+    widths = (48, 9, 9, 6, 8, 7, 8)
+    print(" ".join(f"{cell:>{width}}" for cell, width in zip(HEADER, widths, strict=True)))
+    for one in measure(machines):
         lines.append(one)
-        print(
-            f"{one.kernel:48} {one.ms:9.3f} {one.floor_ms:9.3f} {one.share:6.0%}  {one.bound:7} "
-            f"{one.gb_per_s:6.1f} {one.gflop_per_s:8.1f}",
-            flush=True,
-        )
-    if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(one) for one in lines], indent=1) + "\n")
+        shown = zip(cells(one), widths, strict=True)
+        print(" ".join(f"{cell:>{width}}" for cell, width in shown), flush=True)
+    document |= {
+        "machines": [asdict(machine) for machine in machines],
+        "lines": [asdict(one) for one in lines],
+    }
+    paths = [arguments.json] if arguments.json else []
+    if arguments.keep:
+        paths.append(RESULTS / "kernels.json")
+        (RESULTS / "kernels.md").write_text(page(document, machines, lines))
+    for path in paths:
+        path.write_text(json.dumps(document, indent=1) + "\n")
     return 0
 
 

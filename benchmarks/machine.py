@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,19 @@ def provenance() -> dict[str, Any]:
         },
         "versions": {
             "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+            **dict(_versions("torch", "transformers")),
         },
         "command": " ".join([Path(sys.executable).name, *_arguments()]),
     }
+
+
+def _versions(*names: str) -> Iterator[tuple[str, str]]:
+    """Of what is installed: a load client needs neither."""
+    for name in names:
+        try:
+            yield name, importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
 
 
 def _arguments() -> list[str]:

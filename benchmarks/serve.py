@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import load, stats
+from benchmarks import load, machine, stats
 from benchmarks.client import Record, Target
 from benchmarks.run import Run, run
 
@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--slo", default="", metavar="ttft:500ms,tpot:50ms", help="limits that goodput counts")
     add("--goodput", nargs="*", default=[], metavar="METRIC:MS", help="the same, vLLM's form")
     add("--json", metavar="FILE", help="write summary and records; `-`: summary as last line")
+    add("--no-records", action="store_true", help="leave the records out of --json FILE")
     add("--no-progress", action="store_true")
 
 
@@ -96,15 +97,17 @@ def bench(args: argparse.Namespace) -> int:
 def document(
     args: argparse.Namespace, runs: Sequence[Run], summary: dict[str, Any]
 ) -> dict[str, Any]:
-    """What `--json FILE` holds: the summary at the top level, the arguments but for secrets, and
-    one record per request, with times in milliseconds from the start of its run."""
+    """What `--json FILE` holds: the summary at the top level, where it comes from, the arguments
+    but for secrets, and a record of each request, with times in milliseconds from the start of its
+    run, unless they are unwanted."""
     hidden = ("api_key", "header")
     arguments = {key: str(value) for key, value in vars(args).items() if key not in hidden}
-    return {
-        **summary,
-        "arguments": arguments,
-        "records": [[_record(r, one.records[0].due) for r in one.records] for one in runs],
-    }
+    origin = machine.provenance()
+    del origin["command"]  # `arguments`, without what is secret
+    result = {**summary, **origin, "arguments": arguments}
+    if not args.no_records:
+        result["records"] = [[_record(r, one.records[0].due) for r in one.records] for one in runs]
+    return result
 
 
 def _record(record: Record, start: float) -> dict[str, Any]:

@@ -173,8 +173,15 @@ async def test_json_holds_summary_and_records(
     assert (result["completed"], result["total_output_tokens"], result["repeats"]) == (6, 24, 2)
     assert [len(records) for records in result["records"]] == [3, 3]
     assert len(result["records"][0][0]["itl_ms"]) == 3
+    assert {"date", "commit", "machine", "versions", "arguments"} <= set(result)
     low, high = result["confidence_95"]["median_ttft_ms"]
     assert low <= result["median_ttft_ms"] <= high
+    again = [*argv[:-7], "--no-progress", "--no-records", "--json", str(path)]
+    async with slow_server(ttft_s=0.01, itl_s=0.001) as other:
+        again[1] = other.url
+        assert await asyncio.to_thread(serve.main, again) == 0
+    short = json.loads(path.read_text())
+    assert short["completed"] == 3 and "records" not in short
     # Prompts of another repeat, or of another run without --seed, are other prompts.
     assert len({tuple(prompt) for prompt in server.prompts}) == 6
     assert "completed requests" in capsys.readouterr().out

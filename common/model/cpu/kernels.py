@@ -129,19 +129,20 @@ def rms_norm(
 
 def rotate(
     library: ctypes.CDLL,
-    head: torch.Tensor,
+    heads: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """head: [head_dim] float32; cos, sin: [head_dim / 2]. Returns it in `dtype`."""
-    to = torch.empty(len(head), dtype=dtype)
+    """heads: [count, head_dim] float32 of one token; cos, sin: [head_dim / 2]. Returns them in
+    `dtype`."""
+    to = torch.empty(heads.shape, dtype=dtype)
     library.tandem_rotate(
         DTYPE_CODES[dtype],
-        head.data_ptr(),
+        heads.data_ptr(),
         cos.data_ptr(),
         sin.data_ptr(),
-        len(head),
+        *heads.shape,
         to.data_ptr(),
     )
     return to

@@ -169,11 +169,13 @@ void tandem_rms_norm(int32_t dtype, const float* x, const float* weight, int32_t
     });
 }
 
-// One head [head_dim] float32, rotated by cos and sin [head_dim / 2].
-void tandem_rotate(int32_t dtype, const float* head, const float* cos, const float* sin,
-                   int32_t head_dim, void* to) {
+// heads: [count, head_dim] float32 of one token, rotated by cos and sin [head_dim / 2].
+void tandem_rotate(int32_t dtype, const float* heads, const float* cos, const float* sin,
+                   int32_t count, int32_t head_dim, void* to) {
     with_type(dtype, [&]<class T>() {
-        place_head(head, {}, 0.0f, cos, sin, head_dim, static_cast<T*>(to));
+        for (int i = 0; i < count; ++i)
+            place_head(heads + i * head_dim, {}, 0.0f, cos, sin, head_dim,
+                       static_cast<T*>(to) + i * head_dim);
     });
 }
 

@@ -116,7 +116,10 @@ SIGNATURES: Final = {
         None,
         (c_int32, c_void_p, c_void_p, c_int32, c_int32, c_float, c_void_p),
     ),
-    "tandem_rotate": (None, (c_int32, c_void_p, c_void_p, c_void_p, c_int32, c_void_p)),
+    "tandem_rotate": (
+        None,
+        (c_int32, c_void_p, c_void_p, c_void_p, c_int32, c_int32, c_void_p),
+    ),
     "tandem_swiglu": (None, (c_int32, c_void_p, c_void_p, c_int32, c_void_p)),
 }
 

@@ -133,11 +133,11 @@ def test_rms_norm(native: ctypes.CDLL, dtype: torch.dtype, columns: int) -> None
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [2, 24, 64, 80, 256])
 def test_rotation(native: ctypes.CDLL, dtype: torch.dtype, head_dim: int) -> None:
-    head, angles = randn(head_dim), randn(head_dim // 2, seed=1)
-    result = kernels.rotate(native, head, angles.cos(), angles.sin(), dtype)
-    one, two = head.double().chunk(2)
+    heads, angles = randn(3, head_dim), randn(head_dim // 2, seed=1)
+    result = kernels.rotate(native, heads, angles.cos(), angles.sin(), dtype)
+    one, two = heads.double().chunk(2, dim=1)
     cos, sin = angles.double().cos(), angles.double().sin()
-    expected = torch.cat((one * cos - two * sin, two * cos + one * sin))
+    expected = torch.cat((one * cos - two * sin, two * cos + one * sin), dim=1)
     torch.testing.assert_close(result.double(), expected, rtol=tolerance(dtype), atol=1e-6)
 
 
