@@ -13,7 +13,7 @@ from common.cost import Costs
 from common.errors import ProtocolError
 from common.sampling import SamplingParams
 
-VERSION: Final = 3
+VERSION: Final = 4
 
 
 class Peer(msgspec.Struct, frozen=True, array_like=True):

@@ -14,7 +14,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     max_tokens: int
     """Output tokens at most, per choice, at least 1."""
     min_tokens: int = 0
-    """End-of-sequence and stop token ids are masked before this many output tokens."""
+    """End-of-sequence and stop token ids are masked before this many output tokens, unless
+    nothing else may come."""
     temperature: float = 1.0
     """0 means greedy."""
     top_k: int = 0
@@ -26,6 +27,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     repetition_penalty: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     """Pairs of (token id, bias added to its logit)."""
+    allowed_tokens: bytes = b""
+    """Token ids that may come, as `common.blockhash.pack_tokens` packs them; empty: any."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Runs of tokens that must not come: the last of each is masked after the others."""
     seed: int = 0
     """64-bit; always set (the router draws one when the client gave none)."""
     ignore_eos: bool = False
@@ -33,10 +38,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """End the choice, like the model's own end-of-sequence ids; not masked by `ignore_eos`."""
     logprobs: int | None = None
     """None: none. n >= 0: log-probability of each chosen token and of the n most likely ones."""
+    logprob_token_ids: tuple[int, ...] = ()
+    """Whose log-probabilities come instead of those of the most likely ones, in this order."""
     prompt_logprobs: int | None = None
     """The same for the tokens of the prompt, which is then computed without the prefix cache."""
     grammar: str = ""
     """What the output must match (llguidance); empty: anything. The end of sequence then comes
-    where the grammar lets it, whatever `min_tokens` and `ignore_eos` say."""
+    where the grammar lets it, whatever `min_tokens`, `ignore_eos` and `allowed_tokens` say."""
     priority: int = 0
     """Lower values are computed first, before those that came earlier."""

@@ -35,6 +35,10 @@ class Options:
     reasoning: bool = True
     """Reasoning is shown, not only told apart from the answer."""
     prompt_logprobs: int | None = None
+    prompt_text: str | None = None
+    """The rendered conversation, where it is to be shown."""
+    echo: str = ""
+    """What a message of a chat begins with."""
     n: int = 1
     """Choices that are shown of each prompt; there may be more of which the best are."""
     logprobs: int | None = None

@@ -74,13 +74,11 @@ class ChatAnswer(Answer):
         """The role of each choice, before its text."""
         events = []
         for i in range(self.num_choices):
-            delta = {"role": "assistant", "content": ""}
+            delta = {"role": "assistant", "content": self._options.echo}
             choice = {"index": i, "delta": delta, "logprobs": None, "finish_reason": None}
             value = self._envelope(self.object_chunk, [choice])
-            if self._options.token_ids and i == 0:
-                value["prompt_token_ids"] = self._requests[0].prompt
-            if self._options.prompt_logprobs is not None and i == 0:
-                value["prompt_logprobs"] = self._prompt_logprobs(self._requests[0])
+            if i == 0:
+                value |= self._extra()
             if self._options.continuous_usage:
                 value["usage"] = self._counts(len(self._requests[0].prompt), 0, 0)
             elif self._options.include_usage:
@@ -89,11 +87,14 @@ class ChatAnswer(Answer):
         return b"".join(events)
 
     def _extra(self) -> dict[str, Any]:
+        """What is shown of the prompt: at the top of a whole answer, or of a first chunk."""
         extra: dict[str, Any] = {}
         if self._options.token_ids:
             extra["prompt_token_ids"] = self._requests[0].prompt
         if self._options.prompt_logprobs is not None:
             extra["prompt_logprobs"] = self._prompt_logprobs(self._requests[0])
+        if self._options.prompt_text is not None:
+            extra["prompt_text"] = self._options.prompt_text
         return extra
 
     def _chunk_choice(self, delta: Delta, tally: Tally) -> dict[str, Any]:
@@ -136,10 +137,12 @@ class ChatAnswer(Answer):
         return value
 
     def _whole_choice(self, index: int, tally: Tally) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": "".join(tally.text)}
+        echo = self._options.echo
+        message: dict[str, Any] = {"role": "assistant", "content": echo + "".join(tally.text)}
         if not self._manner.is_plain:
             said = join(self._pieces[index])
-            message["content"] = said.content or (None if said.names else "")
+            content = echo + said.content
+            message["content"] = content or (None if said.names else "")
             if said.reasoning:
                 message["reasoning_content"] = message["reasoning"] = said.reasoning
             if said.names:

@@ -8,6 +8,7 @@ untrusted: they run in Jinja's immutable sandbox and see plain JSON values only.
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from typing import Final
 
 import jinja2
 import jinja2.ext
@@ -16,6 +17,9 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from common.errors import ConfigError, RequestError
+
+_MISHAPS: Final = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError,
+                   ArithmeticError, RecursionError)  # fmt: skip
 
 
 class _GenerationTag(jinja2.ext.Extension):
@@ -77,6 +81,7 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, object]] | None = None,
         variables: Mapping[str, object] | None = None,
+        documents: Sequence[Mapping[str, object]] | None = None,
     ) -> str:
         """The prompt text of a conversation. `variables`: more that the template may know; they
         replace special tokens but nothing else. Raises RequestError (400) if it refuses."""
@@ -85,12 +90,12 @@ class ChatTemplate:
             **(variables or {}),
             "messages": messages,
             "tools": tools,
-            "documents": None,
+            "documents": documents,
             "add_generation_prompt": add_generation_prompt,
         }
         try:
             return self._template.render(given)
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except _MISHAPS as error:
             # A template is the checkpoint's code: whatever it trips over is about these messages.
             message = f"The chat template refused the messages: {error}"
             raise RequestError(400, message, param="messages") from error

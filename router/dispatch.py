@@ -23,7 +23,7 @@ from common.link import RouterLink
 from common.messages import Cancel, Failed, FetchFrom, Output
 from router.admission import refusal, ttft_limit
 from router.directory import Directory
-from router.errors import grammar_failed, internal, overloaded, unavailable
+from router.errors import internal, nothing_allowed, overloaded, unavailable
 from router.explain import Explainer
 from router.fleet import Fleet
 from router.health import RetryBudget
@@ -355,7 +355,7 @@ class Dispatcher:
             request.cached_tokens = min(output.cached_tokens, len(request.prompt))
         self._explainer.took(request, attempt, worker, output)
         if output.finish == "grammar":
-            self._fail(request, grammar_failed())
+            self._fail(request, nothing_allowed())
             return
         previous = request.last_token
         try:

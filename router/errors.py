@@ -51,10 +51,13 @@ def internal(label: str) -> RequestError:
     return RequestError(500, message, kind="server_error", code="internal_error")
 
 
-def grammar_failed() -> RequestError:
-    """400: a worker cannot follow the grammar of a request any further."""
-    message = "The answer cannot be constrained any further: the grammar is too complex."
-    return RequestError(400, message, code="grammar_failed")
+def nothing_allowed() -> RequestError:
+    """400: a worker found no token that may come next, or could not follow a grammar."""
+    message = (
+        "The answer cannot go on: no token is left that the grammar, 'allowed_token_ids' and "
+        "'bad_words' together allow, or the grammar is too complex to be followed."
+    )
+    return RequestError(400, message, code="nothing_allowed")
 
 
 def body(error: RequestError) -> bytes:

@@ -132,6 +132,7 @@ class Labelled(Strict):
     prompt_cache_retention: str | None = None
     request_id: str | None = None
     """The label of a call is its header `x-request-id`."""
+    session_id: str | None = None
 
 
 Body = TypeVar("Body", bound=Strict)

@@ -7,7 +7,7 @@ for and cannot have is a RequestError here, before anything was sent to a worker
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import msgspec
@@ -23,6 +23,7 @@ from router.fleet import Limits
 from router.grammars import Grammars
 from router.prompts import Prompt, chat_prompt, completion_prompts, too_long
 from router.request import Choice, Request, TextRule
+from router.sampling import reseeded, sampling_params
 from router.schemas import ChatBody, CompletionBody, SamplingBody
 from router.service import Service
 from router.speech import MARKERS, THINK, Format, detect
@@ -34,10 +35,6 @@ DEFAULT_MAX_TOKENS: Final = 16
 """Of completions, as OpenAI has it; a chat may use the rest of the context."""
 MAX_CHOICES: Final = 1_024
 """Prompts times `n` of one call."""
-GREEDY_BELOW: Final = 1e-5
-"""Temperatures that only greedy sampling can represent in float32."""
-LONGEST_ID: Final = 10
-"""Digits of a token id."""
 
 
 Dialect = Callable[[str, TokenText, Sequence[Request], Options, Manner], ChatAnswer]
@@ -67,7 +64,7 @@ class Intake:
         tool_format: Format | None = None,
     ) -> None:
         """tool_format: how the model writes calls of tools; None: as its chat template shows."""
-        self.text = TextApi(text_model)
+        self.text = TextApi(text_model, self._check_model)
         self._grammars = grammars
         self._tool_format = tool_format
         ids = (text_model.backend.token_to_id(marker) for marker in MARKERS)
@@ -89,7 +86,7 @@ class Intake:
         if max_tokens == 0 and not body.echo and body.prompt_logprobs is None:
             message = "'max_tokens' must be at least 1, but with 'echo' or 'prompt_logprobs'."
             raise RequestError(400, message, param="max_tokens", code="invalid_value")
-        params = _sampling(body, limits, max_tokens, body.logprobs)
+        params = await sampling_params(body, limits, max_tokens, body.logprobs, self._text_model)
         scored = body.prompt_logprobs
         if body.echo and body.logprobs is not None:
             scored = max(body.logprobs, scored or 0)
@@ -131,7 +128,7 @@ class Intake:
             raise RequestError(400, message, param="max_tokens", code="invalid_value")
         grammar = await self._grammar(body, limits)
         params = msgspec.structs.replace(
-            _sampling(body, limits, max_tokens, logprobs),
+            await sampling_params(body, limits, max_tokens, logprobs, self._text_model),
             grammar=grammar,
             prompt_logprobs=body.prompt_logprobs,
         )
@@ -140,7 +137,11 @@ class Intake:
         requests, events = self._requests(body, [prompt], params, label, body.n or 1, rule, tenant)
         for request in requests:
             request.received = received
-        options = _options(body, logprobs)
+        options = replace(
+            _options(body, logprobs),
+            prompt_text=prompt.text if body.return_prompt_text else None,
+            echo=_echoed(body),
+        )
         answer = dialect(self._model, self._token_text, requests, options, manner)
         return Call(requests, events, answer, bool(body.stream), tenant)
 
@@ -192,7 +193,7 @@ class Intake:
                 id=secrets.randbits(63),
                 label=label,
                 prompt=prompt.tokens,
-                params=params if body.seed is not None else _reseeded(params),
+                params=params if body.seed is not None else reseeded(params),
                 rule=rule,
                 salt=_salt(body.cache_salt or "", tenant),
                 tenant=tenant,
@@ -238,48 +239,6 @@ def _check_best_of(body: CompletionBody) -> None:
         raise RequestError(400, message, param="best_of")
 
 
-def _sampling(
-    body: SamplingBody, limits: Limits, max_tokens: int, logprobs: int | None
-) -> SamplingParams:
-    if (body.min_tokens or 0) > max_tokens:
-        message = f"'min_tokens' is above the {max_tokens} tokens that may be generated."
-        raise RequestError(400, message, param="min_tokens")
-    _check_ids(body.stop_token_ids or (), limits, "stop_token_ids")
-    temperature = _given(body.temperature, 1.0)
-    return SamplingParams(
-        max_tokens=max_tokens,
-        min_tokens=body.min_tokens or 0,
-        temperature=temperature if temperature >= GREEDY_BELOW else 0.0,
-        top_k=max(0, body.top_k or 0),
-        top_p=_given(body.top_p, 1.0),
-        min_p=_given(body.min_p, 0.0),
-        presence_penalty=_given(body.presence_penalty, 0.0),
-        frequency_penalty=_given(body.frequency_penalty, 0.0),
-        repetition_penalty=_given(body.repetition_penalty, 1.0),
-        logit_bias=_bias(body.logit_bias or {}, limits),
-        seed=(body.seed or 0) & (2**63 - 1),
-        ignore_eos=bool(body.ignore_eos),
-        stop_token_ids=tuple(body.stop_token_ids or ()),
-        logprobs=logprobs,
-        priority=body.priority or 0,
-    )
-
-
-def _reseeded(params: SamplingParams) -> SamplingParams:
-    """`params` with a seed that was never used: equal prompts of a call get different texts."""
-    return msgspec.structs.replace(params, seed=secrets.randbits(63))
-
-
-def _check_ids(ids: Sequence[int], limits: Limits, param: str) -> None:
-    if ids and max(ids) >= limits.vocab_size:
-        message = f"Token id {max(ids)} in '{param}' is not below {limits.vocab_size}."
-        raise RequestError(400, message, param=param)
-
-
-def _given(value: float | None, default: float) -> float:
-    return default if value is None else value
-
-
 def _room(limits: Limits, num_prompt: int, wanted: int | None, default: int | None,
           param: str) -> int:  # fmt: skip
     """Output tokens that are allowed: `wanted`, else `default` or all that is left."""
@@ -293,17 +252,10 @@ def _room(limits: Limits, num_prompt: int, wanted: int | None, default: int | No
     return left if default is None else min(default, left)
 
 
-def _bias(given: dict[str, float], limits: Limits) -> tuple[tuple[int, float], ...]:
-    pairs = []
-    for key, value in given.items():
-        is_id = len(key) <= LONGEST_ID and key.isascii() and key.isdigit()
-        if not is_id or int(key) >= limits.vocab_size:
-            message = (
-                f"'{key[:LONGEST_ID]}' in 'logit_bias' is not a token id below {limits.vocab_size}."
-            )
-            raise RequestError(400, message, param="logit_bias")
-        pairs.append((int(key), value))
-    return tuple(pairs)
+def _echoed(body: ChatBody) -> str:
+    """The assistant's last message, if the answer is to begin with it."""
+    last = body.messages[-1]
+    return last.text if body.echo and last.role == "assistant" else ""
 
 
 def _options(body: SamplingBody, logprobs: int | None) -> Options:
@@ -316,5 +268,6 @@ def _options(body: SamplingBody, logprobs: int | None) -> Options:
         reasoning=not isinstance(body, ChatBody) or body.include_reasoning is not False,
         prompt_logprobs=body.prompt_logprobs,
         n=body.n or 1,
-        logprobs=logprobs,
+        # All that were asked for by id are shown.
+        logprobs=logprobs if logprobs is None else max(logprobs, len(body.logprob_token_ids or ())),
     )

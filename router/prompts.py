@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.errors import RequestError
+from router.conversation import Message
 from router.fleet import Limits
 from router.nesting import is_small
-from router.schemas import ChatBody, CompletionBody, Message
+from router.schemas import ChatBody, CompletionBody, SamplingBody
 from router.tokenizer import TextModel
 
 
@@ -41,8 +42,8 @@ async def completion_prompts(
     special = body.add_special_tokens is not False
     encoded = await text_model.encode_all(texts, add_special_tokens=special)
     result += [Prompt(tokens, text) for tokens, text in zip(encoded, texts, strict=True)]
-    if (limit := body.truncate_prompt_tokens) is not None:
-        cut = [truncated(prompt.tokens, limit, limits) for prompt in result]
+    if body.truncate_prompt_tokens is not None:
+        cut = [truncated(prompt.tokens, body, limits) for prompt in result]
         result = [
             prompt if len(prompt.tokens) == len(tokens) else Prompt(tokens, None)
             for prompt, tokens in zip(result, cut, strict=True)
@@ -56,11 +57,14 @@ async def completion_prompts(
     return result
 
 
-def truncated(tokens: list[int], limit: int | None, limits: Limits) -> list[int]:
-    """The last `limit` tokens, or what the context holds if it is -1."""
+def truncated(tokens: list[int], body: SamplingBody, limits: Limits) -> list[int]:
+    """As many tokens as the body allows, or as the context holds if that is -1."""
+    limit = body.truncate_prompt_tokens
     if limit is None:
         return tokens
     kept = limits.context - 1 if limit == -1 else limit
+    if body.truncation_side == "right":
+        return tokens[:kept]
     return tokens[-kept:] if kept else []
 
 
@@ -79,13 +83,14 @@ async def chat_prompt(body: ChatBody, text_model: TextModel, limits: Limits) -> 
     variables = dict(body.chat_template_kwargs or {})
     if body.reasoning_effort is not None:
         variables.setdefault("reasoning_effort", body.reasoning_effort)
+        variables.setdefault("enable_thinking", body.reasoning_effort != "none")
     opens = body.add_generation_prompt is not False and not body.continue_final_message
-    text = template.render(messages, opens, tools, variables)
+    text = template.render(messages, opens, tools, variables, body.documents)
     if body.continue_final_message:
         text = _unfinished(text, messages[-1]["content"])
     special = body.add_special_tokens is True  # the template has them already
     (tokens,) = await text_model.encode_all([text], add_special_tokens=special)
-    tokens = truncated(tokens, body.truncate_prompt_tokens, limits)
+    tokens = truncated(tokens, body, limits)
     if not tokens:
         raise RequestError(400, "The messages have no tokens.", param="messages")
     return Prompt(tokens, text)
@@ -126,13 +131,10 @@ def _check_length(text: str, text_model: TextModel, limits: Limits, param: str) 
 
 def _plain(message: Message, knows_developer: bool) -> dict[str, Any]:
     """A message as templates expect it: text content, decoded tool arguments."""
-    content = message.content
-    if isinstance(content, list):
-        content = "\n".join(part.shown for part in content)
     role = message.role
     if role == "developer" and not knows_developer:
         role = "system"
-    plain: dict[str, Any] = {"role": role, "content": content or ""}
+    plain: dict[str, Any] = {"role": role, "content": message.text}
     if message.name is not None:
         plain["name"] = message.name
     if message.tool_call_id is not None:

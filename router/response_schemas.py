@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, Tag
 
 from common.errors import RequestError
 from router.caps import DEFAULT, Caps
+from router.conversation import MAX_PARTS, MAX_TOOLS, FunctionTool
 from router.fields import (
     Free,
     Labelled,
@@ -21,13 +22,7 @@ from router.fields import (
     text_only,
     validated,
 )
-from router.schemas import (
-    MAX_COUNT,
-    MAX_PARTS,
-    MAX_TOOLS,
-    FunctionTool,
-    SamplingBody,
-)
+from router.schemas import MAX_COUNT, SamplingBody
 
 
 class _Part(Strict):

@@ -8,13 +8,13 @@ every list and dict has a most length that is looked at first, every list fails 
 keys are looked for before the values are.
 """
 
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Final, Literal
 
-from pydantic import BeforeValidator, Field, Tag
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 
 from common.errors import RequestError
 from router.caps import DEFAULT, Caps
+from router.conversation import MAX_TOOLS, AllowedTools, Messages, NamedTool, Tool, ToolChoice
 from router.fields import (
     MAX_METADATA,
     SHOWN,
@@ -23,26 +23,19 @@ from router.fields import (
     Labelled,
     Strict,
     at_most,
-    check_free,
     no_longer,
     no_more,
-    one_of,
     refuse,
-    text_only,
     validated,
 )
 
 MAX_PROMPTS: Final = 256
 MAX_PROMPT_TOKENS: Final = 2**20
 """Token ids in one call; the context of the model decides below this."""
-MAX_PARTS: Final = 256
-"""Content parts of one message."""
-MAX_ALL_PARTS: Final = 4_096
-"""Content parts and tool calls of one call."""
-MAX_TOOL_CALLS: Final = 128
-MAX_TOOLS: Final = 128
 MAX_COUNT: Final = 2**31 - 1
 """Of counts of tokens; the context of the model decides below this."""
+MAX_BAD_WORDS: Final = 128
+MAX_DOCUMENTS: Final = 128
 _INT64: Final = 2**63
 
 
@@ -54,6 +47,9 @@ _StopIds = Annotated[list[_Token], Field(fail_fast=True), at_most("stop")]
 _Logprobs = Annotated[int, Field(ge=0), no_more("logprobs")]
 _Bias = Annotated[float, Field(ge=-100, le=100)]
 _Biases = Annotated[dict[str, _Bias], at_most("logit_bias")]
+_Allowed = Annotated[list[_Token], Field(min_length=1, fail_fast=True), at_most(MAX_PROMPT_TOKENS)]
+_LogprobIds = Annotated[list[_Token], Field(fail_fast=True), at_most("logit_bias")]
+_BadWords = Annotated[list[_Stop], Field(fail_fast=True), at_most(MAX_BAD_WORDS)]
 
 
 class StreamOptions(Strict):
@@ -73,7 +69,7 @@ class SamplingBody(Labelled):
     max_tokens: int | None = Field(None, ge=0, le=MAX_COUNT)
     min_tokens: int | None = Field(None, ge=0, le=MAX_COUNT)
     stop: _Stop | _Stops | None = None
-    temperature: float | None = Field(None, ge=0, le=100)
+    temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, le=MAX_COUNT)
     min_p: float | None = Field(None, ge=0, le=1)
@@ -90,7 +86,15 @@ class SamplingBody(Labelled):
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     prompt_logprobs: _Logprobs | None = None
+    logprob_token_ids: _LogprobIds | None = None
+    """Shown beside each token's logprob instead of the most likely ones."""
+    allowed_token_ids: _Allowed | None = None
+    bad_words: _BadWords | None = None
     truncate_prompt_tokens: int | None = Field(None, ge=-1, le=MAX_COUNT)
+    truncation_side: Literal["left", "right"] | None = None
+    """Where `truncate_prompt_tokens` cuts; the end of the prompt is kept by default."""
+    spaces_between_special_tokens: bool | None = None
+    """Accepted without effect: the model's own tokenizer says how tokens are put together."""
     priority: int | None = Field(None, ge=-(2**31), lt=2**31)
     response_format: Free = None
     structured_outputs: Free = None
@@ -98,19 +102,26 @@ class SamplingBody(Labelled):
     guided_grammar: Free = None
     guided_json: Free = None
     guided_regex: Free = None
-    cache_salt: Annotated[str, Field(max_length=256)] | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
     # Known, but only in the values that ask for nothing: see `_NEUTRAL`.
-    allowed_token_ids: Free = None
-    bad_words: Free = None
+    early_stopping: Free = None
+    ec_transfer_params: Free = None
     guided_decoding_backend: Free = None
     guided_whitespace_pattern: Free = None
     kv_transfer_params: Free = None
     length_penalty: Free = None
     logits_processors: Free = None
-    spaces_between_special_tokens: Free = None
+    mm_payload: Free = None
+    repetition_detection: Free = None
+    return_mm_kwargs: Free = None
+    return_token_offsets: Free = None
+    routed_experts_prompt_start: Free = None
+    stream_interval: Free = None
+    thinking_token_budget: Free = None
     use_beam_search: Free = None
     vllm_xargs: Free = None
+    watermarking: Free = None
 
 
 class CompletionBody(SamplingBody):
@@ -141,139 +152,8 @@ class DetokenizeBody(Strict):
     tokens: Annotated[list[_Token], Field(fail_fast=True), at_most(MAX_PROMPT_TOKENS)]
 
 
-class TextPart(Strict):
-    type: Literal["text", "input_text", "output_text"]
-    text: str
-
-    @property
-    def shown(self) -> str:
-        return self.text
-
-
-class RefusalPart(Strict):
-    type: Literal["refusal"]
-    refusal: str
-
-    @property
-    def shown(self) -> str:
-        return self.refusal
-
-
-class ToolFunction(Strict):
-    name: str
-    arguments: str | None = None
-    parsed_arguments: Free = None
-    """What a client's library made of the arguments; without effect."""
-
-
-class ToolCall(Strict):
-    id: str
-    type: Literal["function"] = "function"
-    function: ToolFunction
-    index: int | None = None
-    """In the stream that the client collected it from; without effect."""
-
-
-class FunctionTool(Strict):
-    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
-    description: str | None = None
-    parameters: Annotated[dict[str, Any], BeforeValidator(check_free)] | None = None
-    strict: bool | None = None
-
-    @property
-    def arguments_schema(self) -> dict[str, Any]:
-        """Of the arguments."""
-        return self.parameters or {"type": "object", "properties": {}}
-
-
-class Tool(Strict):
-    type: Literal["function"]
-    function: FunctionTool
-
-
-class _ToolName(Strict):
-    name: str
-
-
-class NamedTool(Strict):
-    type: Literal["function"]
-    function: _ToolName
-
-
-class _ToolSet(Strict):
-    mode: Literal["auto", "required"]
-    tools: Annotated[list[NamedTool], Field(min_length=1, fail_fast=True), at_most(MAX_TOOLS)]
-
-
-class AllowedTools(Strict):
-    """Some of the tools may be called, one of them must be (`required`)."""
-
-    type: Literal["allowed_tools"]
-    allowed_tools: _ToolSet
-
-
-_ToolChoice = Annotated[
-    Annotated[Literal["none", "auto", "required"], Tag("[mode]")]
-    | Annotated[NamedTool, Tag("[function]")]
-    | Annotated[AllowedTools, Tag("[allowed_tools]")],
-    one_of("function", "allowed_tools", other="mode"),
-]
-_Part = Annotated[
-    Annotated[
-        Annotated[TextPart, Tag("[text]")] | Annotated[RefusalPart, Tag("[refusal]")],
-        one_of("refusal", other="text"),
-    ],
-    BeforeValidator(text_only),
-]
-_Parts = Annotated[list[_Part], Field(fail_fast=True), at_most(MAX_PARTS)]
-_ToolCalls = Annotated[list[ToolCall], Field(fail_fast=True), at_most(MAX_TOOL_CALLS)]
-
-
-class Message(Strict):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | _Parts | None = None
-    name: str | None = None
-    refusal: str | None = None
-    reasoning_content: str | None = None
-    reasoning: str | None = None
-    tool_calls: _ToolCalls | None = None
-    tool_call_id: str | None = None
-
-    # What answers carry, and what clients' libraries add to them, when they are sent back.
-    # Without effect.
-    annotations: Free = None
-    parsed: Free = None
-    provider_specific_fields: Free = None
-    audio: None = None
-    function_call: None = None
-
-
-def _check_total(messages: object) -> object:
-    """Each message may have many parts, but not all of them."""
-    if isinstance(messages, list):
-        total = 0
-        for message in messages:
-            if isinstance(message, dict):
-                for name in ("content", "tool_calls"):
-                    value = message.get(name)
-                    total += len(value) if isinstance(value, list) else 0
-        if total > MAX_ALL_PARTS:
-            raise PydanticCustomError(
-                "too_long", "should have at most {n} parts and tool calls", {"n": MAX_ALL_PARTS}
-            )
-    return messages
-
-
-_Messages = Annotated[
-    list[Message],
-    Field(min_length=1, fail_fast=True),
-    BeforeValidator(_check_total),
-    at_most("messages"),  # the last one is the first to be asked
-]
-
-
 class ChatBody(SamplingBody):
-    messages: _Messages
+    messages: Messages
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_COUNT)
     logprobs: bool | None = None
     top_logprobs: _Logprobs | None = None
@@ -283,12 +163,16 @@ class ChatBody(SamplingBody):
     chat_template_kwargs: Annotated[dict[str, Free], at_most(MAX_METADATA)] | None = None
     continue_final_message: bool | None = None
     tools: Annotated[list[Tool], Field(fail_fast=True), at_most(MAX_TOOLS)] | None = None
-    tool_choice: _ToolChoice | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Annotated[str, Field(max_length=64)] | None = None
     include_reasoning: bool | None = None
-    documents: Free = None
-    echo: Free = None
+    documents: Annotated[list[dict[str, str]], at_most(MAX_DOCUMENTS)] | None = None
+    """For the chat template."""
+    echo: bool | None = None
+    """The answer begins with the last message, if that is the assistant's."""
+    return_prompt_text: bool | None = None
+    best_of: Free = None
     function_call: Free = None
     functions: Free = None
     media_io_kwargs: Free = None
@@ -341,12 +225,11 @@ class TokenizeChatBody(ChatBody):
 
 
 _NEUTRAL: Final[dict[str, tuple[object, ...]]] = {
-    "allowed_token_ids": (),
     "audio": (),
-    "bad_words": ([],),
+    "best_of": (1,),
     "chat_template": (),
-    "documents": ([],),
-    "echo": (False,),
+    "early_stopping": (False,),
+    "ec_transfer_params": (),
     "function_call": ("none", "auto"),
     "functions": ([],),
     "guided_decoding_backend": (),
@@ -355,19 +238,26 @@ _NEUTRAL: Final[dict[str, tuple[object, ...]]] = {
     "length_penalty": (1.0,),
     "logits_processors": ([],),
     "media_io_kwargs": ({},),
+    "mm_payload": ("tensors", "none"),
     "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
     "prediction": (),
     "prompt_embeds": (),
-    "spaces_between_special_tokens": (True,),
+    "repetition_detection": ({},),
+    "return_mm_kwargs": (False, True),
+    "return_token_offsets": (False,),
+    "routed_experts_prompt_start": (0,),
+    "stream_interval": (1,),
     "suffix": ("",),
+    "thinking_token_budget": (-1,),
     "use_beam_search": (False,),
     "verbosity": ("medium",),
     "vllm_xargs": ({},),
+    "watermarking": (False,),
     "web_search_options": (),
 }
 """Parameters that are not supported, with the values (besides null) that ask for nothing."""
-_OF_COMPLETIONS: Final = {name: values for name, values in _NEUTRAL.items() if name != "echo"}
+_OF_COMPLETIONS: Final = {name: values for name, values in _NEUTRAL.items() if name != "best_of"}
 
 
 def parse(kind: type[Body], data: object, caps: Caps = DEFAULT) -> Body:
@@ -377,9 +267,23 @@ def parse(kind: type[Body], data: object, caps: Caps = DEFAULT) -> Body:
     if isinstance(body, SamplingBody) and body.stream_options is not None and not body.stream:
         message = "'stream_options' is only allowed with 'stream': true."
         raise RequestError(400, message, param="stream_options")
+    if isinstance(body, SamplingBody) and body.logprob_token_ids and not _shows_logprobs(body):
+        message = "'logprob_token_ids' needs 'logprobs'."
+        raise RequestError(400, message, param="logprob_token_ids")
+    if isinstance(body, CompletionBody) and body.prompt == "":
+        raise RequestError(400, "The prompt is empty.", param="prompt", code="invalid_value")
     if isinstance(body, ChatBody):
         _check_tools(body)
     return body
+
+
+def _shows_logprobs(body: SamplingBody) -> bool:
+    match body:
+        case CompletionBody():
+            return body.logprobs is not None
+        case ChatBody():
+            return bool(body.logprobs)
+    return False
 
 
 def _check_tools(body: ChatBody) -> None:

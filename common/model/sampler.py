@@ -4,8 +4,8 @@ Called by the runner once per step. There is no state (what `guides` keeps is a 
 depends on the logits, the parameters, the tokens so far and `philox(seed, choice, output index)`,
 so whoever continues a request draws what the one before would have drawn.
 
-Order, as in vLLM: logit bias, mask of `min_tokens`, penalties, grammar, temperature, min-p, top-k,
-top-p.
+Order: logit bias, penalties, masks (allowed tokens, bad words, grammar, `min_tokens`),
+temperature, min-p, top-k, top-p.
 Log-probabilities are of the raw logits, before all of that.
 """
 
@@ -15,6 +15,7 @@ from typing import Final
 import numpy as np
 import torch
 
+from common.blockhash import TOKEN_DTYPE
 from common.messages import TokenLogprob
 from common.model.batch import Sample, Sampled
 from common.model.guides import Guides
@@ -80,6 +81,8 @@ class Sampler:
             params.temperature < GREEDY_BELOW
             and not params.grammar
             and not params.logit_bias
+            and not params.allowed_tokens
+            and not params.bad_words
             and not _has_penalties(params)
             and len(sample.tokens) - sample.prompt_len >= params.min_tokens
         )
@@ -89,7 +92,7 @@ class Sampler:
         failed = []
         for i, (line, sample) in enumerate(zip(logits, samples, strict=True)):
             self._adjust(line, sample)
-            if sample.params.grammar and not self._constrain(line, sample):
+            if not self._restrict(line, sample):
                 failed.append(i)
         tokens: list[int] = logits.argmax(-1).tolist()
         drawn = [i for i, sample in enumerate(samples) if sample.params.temperature >= GREEDY_BELOW]
@@ -101,32 +104,45 @@ class Sampler:
             tokens[i] = -1
         return tokens
 
-    def _constrain(self, line: torch.Tensor, sample: Sample) -> bool:
-        """Leave only what the grammar allows, in place; False if it cannot be followed."""
-        allowed = self._guides.allowed(sample) if self._guides is not None else None
-        if allowed is None or not allowed.any():
+    def _restrict(self, line: torch.Tensor, sample: Sample) -> bool:
+        """Leave only the tokens that may come, in place; False if there are none."""
+        params = sample.params
+        if params.allowed_tokens:
+            # A copy: what was received cannot be written to.
+            ids = torch.from_numpy(np.frombuffer(params.allowed_tokens, TOKEN_DTYPE).astype("i8"))
+            kept = line[ids.to(line.device)]
+            line.fill_(_NONE)[ids.to(line.device)] = kept
+        if banned := _banned(sample):
+            line[banned] = _NONE
+        if params.grammar:
+            allowed = self._guides.allowed(sample) if self._guides is not None else None
+            if allowed is None:
+                return False
+            line.masked_fill_(~torch.from_numpy(allowed).to(line.device), _NONE)
+            if line.amax() == _NONE:
+                # A whole answer may end, whatever else is allowed.
+                line[[token for token in self._eos_token_ids if allowed[token]]] = 0.0
+        if (params.allowed_tokens or banned or params.grammar) and line.amax() == _NONE:
             return False
-        mask = torch.from_numpy(allowed).to(line.device)
-        line.masked_fill_(~mask, _NONE)
-        if line.amax() == _NONE:
-            # Only the end is left, and `min_tokens` forbids it: the grammar knows better.
-            line[mask] = 0.0
-        return True
-
-    def _adjust(self, line: torch.Tensor, sample: Sample) -> None:
-        """Apply bias, `min_tokens` and penalties to one sample's logits [vocab], in place."""
-        params, device = sample.params, line.device
-        if params.logit_bias:
-            ids = torch.tensor([token for token, _ in params.logit_bias], device=device)
-            bias = torch.tensor([bias for _, bias in params.logit_bias], device=device)
-            line.index_add_(0, ids, bias.to(line.dtype))
         if len(sample.tokens) - sample.prompt_len < params.min_tokens:
             ends = [
                 token
                 for token in (*self._eos_token_ids, *params.stop_token_ids)
                 if token < self._vocab_size
             ]
+            kept = line[ends]
             line[ends] = _NONE
+            if line.amax() == _NONE:
+                line[ends] = kept  # nothing else is left: the other masks know better
+        return True
+
+    def _adjust(self, line: torch.Tensor, sample: Sample) -> None:
+        """Apply bias and penalties to one sample's logits [vocab], in place."""
+        params, device = sample.params, line.device
+        if params.logit_bias:
+            ids = torch.tensor([token for token, _ in params.logit_bias], device=device)
+            bias = torch.tensor([bias for _, bias in params.logit_bias], device=device)
+            line.index_add_(0, ids, bias.to(line.dtype))
         if not _has_penalties(params):
             return
         tokens = np.array(sample.tokens, dtype=np.int64)
@@ -141,7 +157,17 @@ class Sampler:
             penalties = params.frequency_penalty * counts + params.presence_penalty
             line[torch.from_numpy(outputs).to(device)] -= torch.from_numpy(penalties).to(line)
         # An extreme penalty overflows; softmax of an infinite logit would be NaN.
-        line.clamp_(max=_MOST)
+        line.clamp_(min=-_MOST, max=_MOST)
+
+
+def _banned(sample: Sample) -> list[int]:
+    """Tokens that would complete a bad word of the output."""
+    outputs = sample.tokens[sample.prompt_len :] if sample.params.bad_words else ()
+    return [
+        word[-1]
+        for word in sample.params.bad_words
+        if len(word) == 1 or tuple(outputs[1 - len(word) :]) == word[:-1]
+    ]
 
 
 def _has_penalties(params: SamplingParams) -> bool:
@@ -223,12 +249,16 @@ def _logprobs(
     values: list[float] = all_logprobs.gather(1, chosen[:, None])[:, 0].tolist()
     width = min(max(params[i].logprobs or 0 for i in asked), logits.shape[-1])
     best = all_logprobs.topk(width, dim=-1)
-    for i, value, top_ids, top_values in zip(
-        asked, values, best.indices.tolist(), best.values.tolist(), strict=True
+    for line, i, value, top_ids, top_values in zip(
+        all_logprobs, asked, values, best.indices.tolist(), best.values.tolist(), strict=True
     ):
-        count = params[i].logprobs or 0
-        top = tuple(zip(top_ids[:count], top_values[:count], strict=True))
-        result[i] = TokenLogprob(tokens[i], value, top)
+        if params[i].logprob_token_ids:
+            top_ids = list(params[i].logprob_token_ids)
+            top_values = line[top_ids].tolist()
+        else:
+            count = params[i].logprobs or 0
+            top_ids, top_values = top_ids[:count], top_values[:count]
+        result[i] = TokenLogprob(tokens[i], value, tuple(zip(top_ids, top_values, strict=True)))
     return result
 
 

@@ -1,12 +1,14 @@
 """The OpenAI API over real HTTP, with stub workers behind real links."""
 
 import asyncio
+import base64
 from typing import Any
 
 import msgspec
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
+from common.blockhash import pack_tokens, unpack_tokens
 from common.messages import Admit, Prefill
 from tests.client import Answer, complete, stream
 from tests.router.conftest import Deploy
@@ -310,6 +312,8 @@ async def test_parameters_reach_the_workers(deploy: Deploy) -> None:
             ignore_eos=True,
             stop_token_ids=[300],
             logprobs=4,
+            logprob_token_ids=[9, 5, 9],
+            allowed_token_ids=[8, 7, 8],
             cache_salt="tenant",
         )
         (work,) = served.prefills[0].received(Prefill)
@@ -328,8 +332,57 @@ async def test_parameters_reach_the_workers(deploy: Deploy) -> None:
             "ignore_eos": True,
             "stop_token_ids": (300,),
             "logprobs": 4,
+            "logprob_token_ids": (9, 5),
+            "allowed_tokens": base64.b64encode(pack_tokens([7, 8])).decode(),
         }
         assert work.salt == "tenant"
+
+
+async def test_bad_words_are_runs_of_tokens_with_and_without_a_space(deploy: Deploy) -> None:
+    async with deploy() as served:
+        words = ["tide", " boat"]
+        await complete(served.http, [3], max_tokens=1, bad_words=words)
+        (work,) = served.prefills[0].received(Prefill)
+        texts = {served.text_model.decode(run) for run in work.params.bad_words}
+        assert texts == {"tide", " tide", " boat"}
+
+
+@pytest.mark.parametrize(("side", "kept"), [(None, [5, 6]), ("left", [5, 6]), ("right", [3, 4])])
+async def test_prompts_are_cut_where_asked(
+    deploy: Deploy, side: str | None, kept: list[int]
+) -> None:
+    async with deploy() as served:
+        await complete(
+            served.http, [3, 4, 5, 6], max_tokens=1, truncate_prompt_tokens=2, truncation_side=side
+        )
+        (work,) = served.prefills[0].received(Prefill)
+        assert unpack_tokens(work.tokens) == kept
+
+
+async def test_a_chat_echoes_the_message_that_it_goes_on_with(deploy: Deploy) -> None:
+    async with deploy() as served:
+        said = "an apple a day"
+        body = {
+            "messages": [*MESSAGES, {"role": "assistant", "content": said}],
+            "max_tokens": 3, "continue_final_message": True, "add_generation_prompt": False,
+            "n": 2, "seed": 3, "return_prompt_text": True,
+        }  # fmt: skip
+        plain = (await served.http.post("/v1/chat/completions", json=body)).json()
+        assert plain["prompt_text"].endswith(said)
+        texts = [choice["message"]["content"] for choice in plain["choices"]]
+        body["echo"] = True
+        whole = (await served.http.post("/v1/chat/completions", json=body)).json()
+        assert [c["message"]["content"] for c in whole["choices"]] == [said + t for t in texts]
+        parts = ["", ""]
+        events = await chunks(served, "/v1/chat/completions", **body)
+        for event in events:
+            parts[event["choices"][0]["index"]] += event["choices"][0]["delta"]["content"]
+        assert parts == [said + text for text in texts]
+        assert events[0]["prompt_text"] == plain["prompt_text"]
+        body["messages"] = MESSAGES
+        body |= {"continue_final_message": False, "add_generation_prompt": True}
+        other = (await served.http.post("/v1/chat/completions", json=body)).json()
+        assert "tide" not in other["choices"][0]["message"]["content"]
 
 
 async def test_models_version_and_debug(deploy: Deploy) -> None:

@@ -103,6 +103,30 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str | None, str | None]] = [
     ({**TEXT, "response_format": {"type": "xml"}}, "response_format", "invalid_value"),
     ({**TEXT, "model": 5}, "model", "invalid_type"),
     ({**TEXT, "cache_salt": "x" * 257}, "cache_salt", "invalid_value"),
+    ({**TEXT, "cache_salt": ""}, "cache_salt", "invalid_value"),
+    ({**TEXT, "temperature": 2.1}, "temperature", "invalid_value"),
+    ({**TEXT, "allowed_token_ids": []}, "allowed_token_ids", "invalid_value"),
+    ({**TEXT, "allowed_token_ids": [320]}, "allowed_token_ids", None),
+    ({**TEXT, "allowed_token_ids": [-1]}, "allowed_token_ids", "invalid_value"),
+    ({**TEXT, "bad_words": [""]}, "bad_words", "invalid_value"),
+    ({**TEXT, "bad_words": ["a"] * 129}, "bad_words", "invalid_value"),
+    ({**TEXT, "logprob_token_ids": [1]}, "logprob_token_ids", None),
+    ({**TEXT, "logprobs": 0, "logprob_token_ids": [320]}, "logprob_token_ids", None),
+    ({**TEXT, "truncation_side": "middle"}, "truncation_side", None),
+    *(
+        ({**TEXT, name: value}, name, "unsupported_parameter")
+        for name, value in {
+            "repetition_detection": {"max_pattern_size": 4, "min_count": 2},
+            "thinking_token_budget": 5,
+            "stream_interval": 4,
+            "watermarking": True,
+            "early_stopping": True,
+            "length_penalty": 0.5,
+            "ec_transfer_params": {"a": 1},
+            "return_token_offsets": True,
+            "routed_experts_prompt_start": 3,
+        }.items()
+    ),
 ]
 BAD_CHATS: list[tuple[dict[str, Any], str | None, str | None]] = [
     ({}, "messages", "missing_required_parameter"),
@@ -166,6 +190,9 @@ BAD_CHATS: list[tuple[dict[str, Any], str | None, str | None]] = [
     ({**CHAT, "response_format": {"type": "json_schema"}}, "response_format", None),
     ({**CHAT, "chat_template": "x"}, "chat_template", "unsupported_parameter"),
     ({**CHAT, "prompt": "x"}, "prompt", "unknown_parameter"),
+    ({**CHAT, "best_of": 2}, "best_of", "unsupported_parameter"),
+    ({**CHAT, "documents": [{"a": 1}]}, "documents", "invalid_type"),
+    ({**CHAT, "logprob_token_ids": [1]}, "logprob_token_ids", None),
 ]
 FINE: dict[str, Any] = {
     "model": None, "stream": None, "stream_options": None, "n": None, "max_tokens": 1, "stop": None,
@@ -173,7 +200,10 @@ FINE: dict[str, Any] = {
     "logprobs": None, "user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "auto",
     "response_format": {"type": "text"}, "guided_json": None, "priority": 0, "top_k": -1,
     "request_id": "r", "vllm_xargs": None, "kv_transfer_params": None, "logits_processors": None,
-    "guided_decoding_backend": None, "guided_whitespace_pattern": None,
+    "guided_decoding_backend": None, "guided_whitespace_pattern": None, "bad_words": [],
+    "allowed_token_ids": None, "logprob_token_ids": [], "spaces_between_special_tokens": False,
+    "session_id": "s", "stream_interval": 1, "thinking_token_budget": -1, "watermarking": False,
+    "repetition_detection": None, "mm_payload": "tensors", "truncation_side": "left",
 }  # fmt: skip
 
 

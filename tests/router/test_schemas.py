@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from common.errors import RequestError
-from router import schemas
+from router import conversation, schemas
 from router.caps import DEFAULT
 from router.fields import MAX_METADATA
 from router.schemas import ChatBody, CompletionBody, SamplingBody, parse
@@ -86,13 +86,13 @@ CAPS: list[tuple[type[SamplingBody], Any, int]] = [
         MAX_METADATA,
     ),
     (ChatBody, lambda n: {"messages": message()["messages"] * n}, DEFAULT.messages),
-    (ChatBody, lambda n: message(content=[TEXT_PART] * n), schemas.MAX_PARTS),
-    (ChatBody, lambda n: message(tool_calls=[CALL] * n), schemas.MAX_TOOL_CALLS),
+    (ChatBody, lambda n: message(content=[TEXT_PART] * n), conversation.MAX_PARTS),
+    (ChatBody, lambda n: message(tool_calls=[CALL] * n), conversation.MAX_TOOL_CALLS),
     (
         ChatBody,
         lambda n: {"messages": message(content=[TEXT_PART] * 64)["messages"] * (n // 64)
                    + message(content=[TEXT_PART] * (n % 64))["messages"]},
-        schemas.MAX_ALL_PARTS,
+        conversation.MAX_ALL_PARTS,
     ),
 ]  # fmt: skip
 
@@ -108,7 +108,7 @@ WRONG: list[tuple[type[SamplingBody], Any]] = [
     (ChatBody, message(tool_calls=[0] * MANY)),
     (ChatBody, {"messages": [0] * MANY}),
     (ChatBody, {"messages": [{}] * DEFAULT.messages}),
-    (ChatBody, message(content=[{}] * schemas.MAX_PARTS)),
+    (ChatBody, message(content=[{}] * conversation.MAX_PARTS)),
     (ChatBody, message(content="x", **{str(i): 0 for i in range(100_000)})),
     (CompletionBody, {"prompt": ["x"] * MANY}),
     (CompletionBody, {"prompt": [None] * MANY}),

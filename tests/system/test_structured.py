@@ -45,6 +45,7 @@ async def test_structured_answers(checkpoint: MakeCheckpoint) -> None:
             await check_tools(client)
             await check_scores(client)
             await check_responses(client)
+            await check_masks(client)
 
 
 async def check_schemas(client: httpx.AsyncClient) -> None:
@@ -149,3 +150,32 @@ async def check_responses(client: httpx.AsyncClient) -> None:
     (item,) = called["output"]
     assert (item["type"], item["name"], called["status"]) == ("function_call", "weigh", "completed")
     jsonschema.validate(json.loads(item["arguments"]), SCHEMA)
+
+
+async def check_masks(client: httpx.AsyncClient) -> None:
+    """`allowed_token_ids` and `bad_words`: alone, greedy, with n > 1 and with a grammar."""
+    common: dict[str, Any] = {"prompt": "x", "max_tokens": 24, "return_token_ids": True}
+    allowed = list(range(40, 60))
+    for extra in ({"temperature": 0}, {"n": 3, "seed": 2, "presence_penalty": 1.5}):
+        whole = await ask(client, "/v1/completions", **common, **extra, allowed_token_ids=allowed)
+        for choice in whole["choices"]:
+            assert len(choice["token_ids"]) > 1 and set(choice["token_ids"]) <= set(allowed)
+    single = [await ask(client, "/tokenize", prompt=digit) for digit in "0123456789"]
+    digits = {
+        "guided_regex": "[0-9]{12}",
+        "allowed_token_ids": [entry["tokens"][-1] for entry in single],
+    }
+    few = await ask(client, "/v1/completions", **common, **digits, n=2, bad_words=list("12589"))
+    for choice in few["choices"]:
+        assert len(choice["text"]) == 12 and len(choice["token_ids"]) == 13  # the end, too
+        assert set(choice["text"]) <= set("03467")
+    nothing = {**common, **digits, "bad_words": list("0123456789")}
+    response = await client.post("/v1/completions", json=nothing)
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["code"] == "nothing_allowed"
+    whole = await ask(client, "/v1/completions", **common, logprobs=1, logprob_token_ids=[5, 3, 9])
+    assert all(len(top) in (3, 4) for top in whole["choices"][0]["logprobs"]["top_logprobs"])
+    chat = {"messages": MESSAGES, "max_tokens": 3, "logprobs": True, "logprob_token_ids": [9, 4]}
+    whole = await ask(client, "/v1/chat/completions", **chat, return_tokens_as_token_ids=True)
+    for entry in whole["choices"][0]["logprobs"]["content"]:
+        assert [top["token"] for top in entry["top_logprobs"]] == ["token_id:9", "token_id:4"]

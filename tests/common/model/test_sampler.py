@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from common.blockhash import pack_tokens
 from common.messages import TokenLogprob
 from common.model.batch import Sample
 from common.model.philox import uniforms
@@ -261,3 +262,41 @@ def test_penalties_that_overflow_still_choose_a_token(temperature: float) -> Non
     logits = torch.linspace(-3, 3, 320)[None]
     (drawn,) = Sampler(320, ()).draw(logits, [(0, Sample(0, params, [5, 310, 7], 2))])
     assert drawn.token == 310
+
+
+def test_allowed_tokens_leave_nothing_else() -> None:
+    allowed = pack_tokens([0, 4, 6])
+    assert draw(LOGITS, temperature=0.0, allowed_tokens=allowed) == 0
+    assert draw(LOGITS, temperature=0.0, allowed_tokens=allowed, logit_bias=((6, 9.0),)) == 6
+    kept = softmax([x if i in (0, 4, 6) else float("-inf") for i, x in enumerate(LOGITS)])
+    assert_distributed(frequencies(LOGITS, allowed_tokens=allowed), kept, 13.8)
+
+
+def test_bad_words_lose_their_last_token_only_after_the_others() -> None:
+    options: dict[str, Any] = {"temperature": 0.0, "bad_words": ((2,), (1, 0, 5))}
+    assert draw(LOGITS, **options) == 5
+    assert draw(LOGITS, prompt=[1, 0], **options) == 5  # the prompt is not looked at
+    assert draw(LOGITS, outputs=[7, 1, 0], **options) == 0
+    assert draw(LOGITS, outputs=[1, 0, 7], **options) == 5
+    assert draw(LOGITS, outputs=[0], **options) == 5
+
+
+def test_what_leaves_no_token_fails_and_min_tokens_gives_way() -> None:
+    only = pack_tokens([4])
+    assert draw(LOGITS, temperature=0.0, allowed_tokens=only, bad_words=((4,),)) == -1
+    assert draw(LOGITS, seed=5, allowed_tokens=only, bad_words=((4,),)) == -1
+    ends = pack_tokens([EOS])
+    for temperature in (0.0, 1.0):
+        assert draw(LOGITS, temperature=temperature, allowed_tokens=ends, min_tokens=9) == EOS
+
+
+def test_logprobs_of_given_tokens() -> None:
+    params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=2, logprob_token_ids=(6, 2))
+    plain = SamplingParams(max_tokens=1, temperature=0.0, logprobs=2)
+    samples = [(0, Sample(0, chosen, [0], 1)) for chosen in (params, plain)]
+    given, usual = Sampler(VOCAB, (EOS,)).draw(torch.tensor([LOGITS]), samples)
+    assert given.logprob is not None and usual.logprob is not None
+    expected = [math.log(p) for p in softmax(LOGITS)]
+    assert [token for token, _ in given.logprob.top] == [6, 2]
+    assert [value for _, value in given.logprob.top] == pytest.approx([expected[6], expected[2]])
+    assert [token for token, _ in usual.logprob.top] == [2, 5]
