@@ -6,6 +6,7 @@ connection of `router.server`; `abort` is called by `router.reply`.
 
 import asyncio
 import logging
+from http import HTTPStatus
 from typing import Any, Final
 
 import uvicorn
@@ -63,19 +64,22 @@ class Connection(HttpToolsProtocol):
         if self._header_bytes > self._max_header_bytes:
             self._refuse_headers()
         else:
-            self._is_refused = True
-            super().send_400_response(msg)
+            self._refuse(RequestError(400, msg, code="invalid_http"))
 
     def _refuse_headers(self) -> None:
+        message = f"The headers are larger than {self._max_header_bytes} bytes."
+        self._refuse(RequestError(431, message, code="headers_too_large"))
+
+    def _refuse(self, error: RequestError) -> None:
+        """The end of the connection: what follows cannot be read."""
         self._is_refused = True
         if self.cycle is not None and not self.cycle.response_complete:
             # An answer is on its way, maybe half written: there is no room for another.
             self.transport.abort()
             return
-        message = f"The headers are larger than {self._max_header_bytes} bytes."
-        content = errors.body(RequestError(431, message, code="headers_too_large"))
+        content = errors.body(error)
         head = (
-            "HTTP/1.1 431 Request Header Fields Too Large\r\n"
+            f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\n"
             f"content-type: {errors.JSON}\r\ncontent-length: {len(content)}\r\n"
             "connection: close\r\n\r\n"
         )

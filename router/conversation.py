@@ -66,7 +66,7 @@ class FunctionTool(Strict):
 
 
 class Tool(Strict):
-    type: Literal["function"]
+    type: Literal["function"] = "function"
     function: FunctionTool
     defer_loading: Literal[False] | None = None
 

@@ -264,17 +264,24 @@ def parse(kind: type[Body], data: object, caps: Caps = DEFAULT) -> Body:
     """`data` as a body. Raises RequestError (400)."""
     body = validated(kind, data, caps)
     refuse(body, _OF_COMPLETIONS if isinstance(body, CompletionBody) else _NEUTRAL)
-    if isinstance(body, SamplingBody) and body.stream_options is not None and not body.stream:
-        message = "'stream_options' is only allowed with 'stream': true."
-        raise RequestError(400, message, param="stream_options")
-    if isinstance(body, SamplingBody) and body.logprob_token_ids and not _shows_logprobs(body):
-        message = "'logprob_token_ids' needs 'logprobs'."
-        raise RequestError(400, message, param="logprob_token_ids")
+    if isinstance(body, SamplingBody):
+        _check_companions(body)
     if isinstance(body, CompletionBody) and body.prompt == "":
         raise RequestError(400, "The prompt is empty.", param="prompt", code="invalid_value")
     if isinstance(body, ChatBody):
         _check_tools(body)
     return body
+
+
+def _check_companions(body: SamplingBody) -> None:
+    """Refuse what has no effect without another field."""
+    options = body.stream_options
+    if options is not None and options.model_fields_set and not body.stream:
+        message = "'stream_options' is only allowed with 'stream': true."
+        raise RequestError(400, message, param="stream_options")
+    if body.logprob_token_ids and not _shows_logprobs(body):
+        message = "'logprob_token_ids' needs 'logprobs'."
+        raise RequestError(400, message, param="logprob_token_ids")
 
 
 def _shows_logprobs(body: SamplingBody) -> bool:

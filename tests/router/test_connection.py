@@ -53,6 +53,23 @@ async def test_headers_that_do_not_end(deploy: Deploy, head: list[bytes]) -> Non
         assert json.loads(body)["error"]["code"] == "headers_too_large"
 
 
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"\0\1\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        HEAD + b"content-length: 5\r\ncontent-length: 6\r\n\r\n",
+        HEAD + b"content-length: 5\r\ntransfer-encoding: chunked\r\n\r\n",
+    ],
+)
+async def test_what_is_no_http(deploy: Deploy, head: bytes) -> None:
+    async with deploy(prefill=0) as served, connected(served) as (reader, writer):
+        writer.write(head)
+        assert await asyncio.wait_for(reader.readline(), 10) == b"HTTP/1.1 400 Bad Request\r\n"
+        body = (await reader.read()).partition(b"\r\n\r\n")[2]
+        assert json.loads(body)["error"]["code"] == "invalid_http"
+
+
 async def test_large_headers_and_many_requests_are_fine(deploy: Deploy) -> None:
     async with deploy(prefill=0) as served:
         headers = {"x-large": "a" * (DEFAULT.header_bytes - 1_000)}

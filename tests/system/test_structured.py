@@ -120,6 +120,13 @@ async def check_scores(client: httpx.AsyncClient) -> None:
     assert all(str(token) in row for token, row in zip(prompt[1:], rows[1:], strict=True))
 
 
+    # A prompt as long as the context has no room for an output, but is scored.
+    longest = (await client.get("/v1/models")).json()["data"][0]["max_model_len"]
+    body = {**ask_for, "prompt": [5 + i % 90 for i in range(longest)], "max_tokens": 0}
+    whole = await ask(client, "/v1/completions", **body)
+    assert len(whole["choices"][0]["logprobs"]["token_logprobs"]) == longest
+
+
 async def check_responses(client: httpx.AsyncClient) -> None:
     """/v1/responses says what a chat says, and calls what it must call."""
     greedy = {"temperature": 0, "seed": 1}
