@@ -412,6 +412,8 @@ class Simulation:
             self.run_until(self.now + 0.1)
             self.check_patience()
         self.heal()
+        # A late question begins a fetch although all seemed to be over.
+        self.run_until(self.now + LATE_S)
         self.settle()
         before = len(self.all_arrived())
         calm = []
