@@ -40,8 +40,8 @@ test: $(INSTALLED)
 
 # The fault suites and the cases of the OpenAPI document in full, under an hour on two cores, and
 # for hours; `make test` has a fiftieth.
-FAULTS = $(BIN)/python -m pytest -o timeout=0 tests/faults tests/kvtransfer/test_simulation.py \
-	tests/router/test_openapi_cases.py
+FAULTS = $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -o timeout=0 tests/faults \
+	tests/kvtransfer tests/router/test_openapi_cases.py
 
 chaos: $(INSTALLED)
 	$(FAULTS) --faults full $(TESTS)

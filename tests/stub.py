@@ -11,6 +11,7 @@ from hashlib import blake2b
 
 from common.kv.blocks import BlockManager
 from common.kv.layout import KvLayout
+from common.kv.shared import SharedBlocks
 from common.messages import TokenLogprob
 from common.metrics import WorkerMetrics
 from common.model.batch import Row, Sample, Sampled
@@ -26,7 +27,7 @@ LAYOUT = KvLayout(num_layers=1, num_kv_heads=1, head_dim=4, block_size=16, dtype
 class StubPool:
     """Bytes of a pool; satisfies `kvtransfer.memory.BlockMemory`."""
 
-    shared = None
+    shared: SharedBlocks | None = None
     """Peers may not map it."""
 
     def __init__(self, num_blocks: int, layout: KvLayout = LAYOUT) -> None:
@@ -40,6 +41,16 @@ class StubPool:
 
     def run(self, block: int, count: int) -> memoryview:
         return self._data[block * self.block_bytes : (block + count) * self.block_bytes]
+
+
+class SharedStubPool(StubPool):
+    """One that peers may map."""
+
+    def __init__(self, num_blocks: int, layout: KvLayout = LAYOUT) -> None:
+        super().__init__(num_blocks, layout)
+        self.shared = SharedBlocks(num_blocks, self.block_bytes)
+        self._data = self.shared.blocks
+        self._data[:] = b"\xff" * len(self._data)
 
 
 def stub_token(seed: int, choice: int, position: int) -> int:
@@ -126,5 +137,7 @@ def stub_parts(
     layout = KvLayout(
         num_layers=1, num_kv_heads=1, head_dim=4, block_size=limits.block_size, dtype="float32"
     )
-    runner = StubRunner(StubPool(num_blocks, layout))
-    return runner, BlockManager(num_blocks), limits, WorkerMetrics(role)
+    pool = SharedStubPool(num_blocks, layout)
+    assert pool.shared is not None
+    blocks = BlockManager(num_blocks, pool.shared.generations)
+    return StubRunner(pool), blocks, limits, WorkerMetrics(role)

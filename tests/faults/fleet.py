@@ -21,12 +21,13 @@ from random import Random
 
 import msgspec
 
-from common.blockhash import pack_tokens
+from common.blockhash import UNIT, pack_tokens
 from common.link import Down, Message, RouterLink, Up
 from common.messages import (
     Admit,
     Cancel,
     Failed,
+    FetchFrom,
     Inspect,
     Inspected,
     Ledger,
@@ -42,6 +43,10 @@ from tests.redis_server import RedisServer
 from tests.stub import stub_token
 
 MAX_ATTEMPTS = 40
+LONGEST_TALK = 140
+"""Tokens of a conversation that goes on."""
+FETCH_WITHIN_S = (0.01, 60.0)
+"""Late at once, or hardly ever."""
 START_S = 120.0
 LEAVE_S = 40.0
 TICK_S = 0.02
@@ -96,6 +101,9 @@ class Fleet:
         self.counts: Counter[str] = Counter()
         self.resumes = True
         """Whether what failed is withdrawn and placed anew, as a router does."""
+        self.fetching = 0.0
+        """Probability that whoever prefills is told to fetch from another worker first, and half
+        of it that the decode worker prefills."""
         self.clock_s = 0.0
         """Seconds by a clock that stands still while this process gets no processor: a starved
         machine is not taken for a hang."""
@@ -174,6 +182,8 @@ class Fleet:
                 labels, _, value = line.removeprefix("tandem_transfer{").rpartition("} ")
                 name, reason = (part.split('"')[1] for part in labels.split(","))
                 found[f"{name}.{reason}" if reason else name] = float(value)
+            elif line.startswith("tandem_fetches_total{"):
+                found["fetches." + line.split('"')[1]] = float(line.rpartition(" ")[2])
             elif line.startswith("tandem_resets_total"):
                 found["resets"] = float(line.rpartition(" ")[2])
         return found
@@ -188,18 +198,38 @@ class Fleet:
 
     # ------------------------------------------------------------ requests
 
-    def submit(self, prompt: list[int], max_tokens: int, *, seed: int | None = None) -> Request:
+    def submit(
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        *,
+        seed: int | None = None,
+        on: tuple[Life, Life, Life | None] | None = None,
+    ) -> Request:
+        """`on`: where it is placed first, as in `send`; at random without."""
         params = SamplingParams(
             max_tokens=max_tokens, seed=self.random.getrandbits(32) if seed is None else seed
         )
         request = Request(len(self.requests) + 1, prompt, params)
         self.requests.append(request)
         self.live[request.number] = request
-        self.place(request)
+        if on is None:
+            self.place(request)
+        else:
+            request.attempt = 0
+            self.news(request, first=True)
+            self.send(request, *on)
         return request
 
     def some_prompt(self, most: int = 90) -> list[int]:
-        """Half of them begin like others, so that blocks are cached at either side."""
+        """Half of them begin like others, so that blocks are cached at either side; where prefixes
+        are fetched, some are turns of conversations."""
+        if self.random.random() < self.fetching:
+            ended = [request for request in self.requests[-40:] if request.outcome == "length"]
+            talks = [request.prompt + request.tokens for request in ended]
+            talks = [talk for talk in talks if len(talk) < LONGEST_TALK]
+            if talks:
+                return self.random.choice(talks) + self.random.choices(range(900), k=5)
         common = [number % 900 for number in range(self.random.choice((0, 0, 16, 40)))]
         return common + self.random.choices(range(900), k=self.random.randint(1, most))
 
@@ -217,18 +247,42 @@ class Fleet:
             return
         self.news(request, first=True)
         prefill, decode = self.random.choice(prefills), self.random.choice(decodes)
+        owner, within_s = None, 0.0
+        if self.random.random() < self.fetching:
+            prefill = self.random.choice((prefill, decode))
+            others = [life for life in (*prefills, *decodes) if life is not prefill]
+            owner, within_s = self.random.choice(others), self.random.choice(FETCH_WITHIN_S)
+        self.send(request, prefill, decode, owner, within_s)
+
+    def send(
+        self,
+        request: Request,
+        prefill: Life,
+        decode: Life,
+        owner: Life | None = None,
+        within_s: float = FETCH_WITHIN_S[1],
+    ) -> None:
+        """An attempt on this pair (the same life twice: it prefills itself); whoever prefills
+        fetches from `owner` first."""
         request.prefill, request.decode = prefill, decode
+        tokens = request.prompt + request.tokens
+        fetch = owner and FetchFrom(peer_of(owner), len(tokens) // UNIT, within_s)
         work = {
             "request": request.number,
             "attempt": request.attempt,
-            "tokens": pack_tokens(request.prompt + request.tokens),
+            "tokens": pack_tokens(tokens),
             "prompt_len": len(request.prompt),
             "choices": (0,),
             "params": request.params,
         }
+        if prefill is decode:
+            admit = Admit(**work, fetch=fetch)  # type: ignore[arg-type]
+            self._link.send(decode.spec.name, admit)
+            return
         alone = len(request.tokens) + 1 == request.params.max_tokens
         to = None if alone else peer_of(decode)
-        self._link.send(prefill.spec.name, Prefill(**work, decode=to))  # type: ignore[arg-type]
+        begin = Prefill(**work, decode=to, fetch=fetch)  # type: ignore[arg-type]
+        self._link.send(prefill.spec.name, begin)
         if not alone:
             admit = Admit(**work, prefill=peer_of(prefill))  # type: ignore[arg-type]
             self._link.send(decode.spec.name, admit)
@@ -272,6 +326,19 @@ class Fleet:
                 await self.finished(self.submit(self.some_prompt(), self.random.randint(1, 12)))
 
         await asyncio.gather(*(one() for _ in range(count)))
+
+    async def converse(self, owner: Life) -> list[int]:
+        """A turn that `owner` serves alone; returns what it caches most of then."""
+        prompt = self.random.choices(range(900), k=70)
+        request = self.submit(prompt, 12, on=(owner, owner, None))
+        await self.finished(request)
+        return request.prompt + request.tokens
+
+    async def meet(self, prefill: Life, decode: Life) -> None:
+        """Each of them sends to the other: connections are there in both directions."""
+        talk = await self.converse(decode)
+        await self.finished(self.submit([*talk, 1], 6, on=(prefill, decode, decode)))
+        await self.finished(self.submit([1, *talk], 6, on=(prefill, decode, None)))
 
     def end(self, request: Request, outcome: str) -> None:
         self.news(request)

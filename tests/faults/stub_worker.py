@@ -23,7 +23,6 @@ from common.events import Drain
 from common.host import Host, new_epoch
 from common.kv.blocks import BlockManager
 from common.kv.layout import KvLayout
-from common.kv.shared import SharedBlocks
 from common.loop import run as run_engine
 from common.messages import KvLayoutInfo, WorkerInfo
 from common.metrics import WorkerMetrics
@@ -34,17 +33,7 @@ from prefill.engine import PrefillEngine
 from tests.faults.faulty_endpoint import FaultyEndpoint
 from tests.faults.spec import Armed, Born, Dying, Report, Spec
 from tests.faults.sudden_death import SuddenDeath
-from tests.stub import EOS, VOCAB, StubPool, StubRunner, stub_limits
-
-
-class SharedStubPool(StubPool):
-    """One that peers may map."""
-
-    def __init__(self, num_blocks: int, layout: KvLayout) -> None:
-        super().__init__(num_blocks, layout)
-        self.shared = SharedBlocks(num_blocks, self.block_bytes)  # type: ignore[assignment]
-        self._data = self.shared.blocks  # type: ignore[attr-defined]
-        self._data[:] = b"\xff" * len(self._data)
+from tests.stub import EOS, VOCAB, SharedStubPool, StubPool, StubRunner, stub_limits
 
 
 class SlowRunner(StubRunner):

@@ -27,8 +27,10 @@ async def leave_at_random(fleet: Fleet, request: Request) -> bool:
 async def test_random_aborts(way: str, volume: Volume) -> None:
     wanted = volume.of(ABORTS // 3 + 1)
     async with fleet(way, seed=1) as workers:
+        workers.fetching = 0.3
         prefill = await workers.birth("prefill", **TINY)
         decode = await workers.birth("decode", **TINY)
+        await workers.meet(prefill, decode)
         await workers.serve(20)
         baseline = Baseline(prefill, decode)
         aborted = 0
@@ -45,10 +47,15 @@ async def test_random_aborts(way: str, volume: Volume) -> None:
         await asyncio.gather(*(client(number) for number in range(AT_ONCE)))
         counters = await workers.counters(decode)
         returned = sum(counters.get(f"returned.{why}", 0) for why in ("revoked", "aborted"))
+        counters.update(await workers.counters(prefill))
+        fetched = sum(count for name, count in counters.items() if name.startswith("fetches."))
         await baseline.check()
-        await check(
-            workers, {"aborts": (aborted, wanted), "aborts of a transfer": (returned, wanted / 10)}
-        )
+        happened = {
+            "aborts": (aborted, wanted),
+            "aborts of a transfer": (returned, wanted / 10),
+            "fetches": (fetched, wanted / 10),
+        }
+        await check(workers, happened)
 
 
 @pytest.mark.parametrize(
@@ -65,8 +72,8 @@ async def test_abort_storm(way: str) -> None:
         await workers.birth("prefill", **TINY)
         await workers.birth("decode", **TINY)
         before = await rate(workers, 40)
-        requests = [workers.submit(workers.some_prompt(), 12) for _ in range(60)]
-        await workers.finished(requests[0])
+        requests = [workers.submit(workers.some_prompt(), 40) for _ in range(60)]
+        await workers.until(lambda: any(request.tokens for request in requests))
         left = sum(workers.cancel(request) for request in requests if request.number % 5)
         kept = [request for request in requests if request.outcome != "cancelled"]
         await asyncio.gather(*(workers.finished(request) for request in kept))

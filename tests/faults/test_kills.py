@@ -27,6 +27,7 @@ def plan(fleet: Fleet, role: str) -> dict[str, object]:
 async def test_kills_at_random_steps(way: str, volume: Volume) -> None:
     wanted = volume.of(KILLS // 3 + 1)
     async with fleet(way, seed=3) as workers:
+        workers.fetching = 0.3
         live = {role: await workers.birth(role, **FLEET, **plan(workers, role)) for role in STEPS}
         over = False
 

@@ -119,7 +119,12 @@ def state(pid: int) -> str:
 
 @pytest.mark.parametrize(
     ("way", "role"),
-    [("shm", "prefill"), pytest.param("zmq", "decode", marks=pytest.mark.full)],
+    [
+        ("shm", "prefill"),
+        pytest.param("tcp", "prefill", marks=pytest.mark.full),
+        pytest.param("zmq", "prefill", marks=pytest.mark.full),
+        pytest.param("zmq", "decode", marks=pytest.mark.full),
+    ],
 )
 async def test_stopped_worker_that_wakes_up_is_fenced(way: str, role: str, volume: Volume) -> None:
     """F8: 10 s in a full run; longer than the lease in any."""

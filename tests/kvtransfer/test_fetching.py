@@ -20,8 +20,11 @@ from decode.engine import DecodeEngine
 from kvtransfer.endpoint import Endpoint
 from kvtransfer.identity import EndpointIdentity
 from prefill.engine import PrefillEngine
+from tests.kvtransfer import node
 from tests.kvtransfer.node import PATIENT, TIMERS
 from tests.stub import StubPool, stub_parts, stub_token
+
+pytestmark = pytest.mark.usefixtures("transport")
 
 ROUTER = b"router"
 LONG_S = 60.0
@@ -42,7 +45,7 @@ class Station:
         self.name, self.epoch = name, sum(name.encode())
         self.inbox: SimpleQueue[object] = SimpleQueue()
         identity = EndpointIdentity(name, self.epoch, "stub", pool.layout.info())
-        self.endpoint = Endpoint(identity, pool, self.inbox, timers, "127.0.0.1")
+        self.endpoint = Endpoint(identity, pool, self.inbox, timers, "127.0.0.1", node.TRANSPORT)
         self.tokens: dict[int, list[int]] = {}
         self.cached: dict[int, int] = {}
         self.finished: set[int] = set()

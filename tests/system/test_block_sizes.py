@@ -1,63 +1,21 @@
 """A prefill and a decode worker with blocks of different sizes: the same tokens, and no block too
 many shipped."""
 
-import asyncio
-import os
 import random
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
-import httpx
 import pytest
 
 from tests.client import complete, http
 from tests.conftest import MakeCheckpoint
 from tests.parity import assert_greedy_equal
 from tests.redis_server import RedisServer
+from tests.system.joining import joined, until_joined
 from tests.system.prompts import tokens
-from tests.system.serving import TINY, complete_all, deployment, settled, worker_metric
+from tests.system.serving import complete_all, deployment, settled, worker_metric
 
 pytestmark = pytest.mark.system
 
-START_S = 120.0
 LENGTHS = [1, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 300]
-
-
-@contextmanager
-def prefill_worker(model: Path, redis: str, *flags: str) -> Iterator[None]:
-    """`tandem prefill` beside a deployment that shares its Redis."""
-    command = [sys.executable, "-m", "deploy.cli", "prefill", "--model", str(model)]
-    env = {name: value for name, value in os.environ.items() if not name.startswith("TANDEM_")}
-    process = subprocess.Popen(
-        [*command, "--redis", redis, *TINY, *flags],
-        stdin=subprocess.DEVNULL,
-        env=env | {"OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[2],
-    )
-    try:
-        yield
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            assert process.wait(START_S) == 0
-        finally:
-            process.kill()
-            process.wait()
-
-
-async def until_joined(client: httpx.AsyncClient, role: str) -> None:
-    deadline = time.monotonic() + START_S
-    while True:
-        workers = (await client.get("/debug/workers")).json()["workers"]
-        if any(worker["role"] == role for worker in workers):
-            return
-        assert time.monotonic() < deadline, workers
-        await asyncio.sleep(0.1)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +32,7 @@ async def test_sizes_that_differ_give_the_same_tokens(
     redis = redis_server.url
     with (
         deployment(model, *flags, str(there), "--redis", redis, prefill=0) as served,
-        prefill_worker(model, redis, *flags, str(here)),
+        joined("prefill", model, redis, *flags, str(here)),
     ):
         async with http(served.url) as client:
             await until_joined(client, "prefill")
