@@ -132,7 +132,11 @@ BAD_CHATS: list[tuple[dict[str, Any], str | None, str | None]] = [
     ({}, "messages", "missing_required_parameter"),
     ({"messages": []}, "messages", "invalid_value"),
     ({"messages": "hi"}, "messages", "invalid_type"),
-    ({"messages": [{"role": "user"}], "tools": [{}]}, "tools.0.function", "missing_required_parameter"),
+    (
+        {"messages": [{"role": "user"}], "tools": [{}]},
+        "tools.0.function",
+        "missing_required_parameter",
+    ),
     ({"messages": [{"role": "king", "content": "x"}]}, "messages", "invalid_value"),
     ({"messages": [{"content": "x"}]}, "messages.0.role", "missing_required_parameter"),
     ({"messages": [{"role": "user", "content": 5}]}, "messages", "invalid_type"),

@@ -119,7 +119,6 @@ async def check_scores(client: httpx.AsyncClient) -> None:
     assert rows[0] is None and len(rows) == 40
     assert all(str(token) in row for token, row in zip(prompt[1:], rows[1:], strict=True))
 
-
     # A prompt as long as the context has no room for an output, but is scored.
     longest = (await client.get("/v1/models")).json()["data"][0]["max_model_len"]
     body = {**ask_for, "prompt": [5 + i % 90 for i in range(longest)], "max_tokens": 0}
