@@ -140,15 +140,22 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """How one worker would prefill."""
+    """How one worker would prefill: `score` is `wait_s + weights.work * compute_s + hold`."""
 
     score: float
+    wait_s: float
+    """Until it can begin, and while its residents' steps go on beside it."""
+    compute_s: float
+    hold: float
     load: float
     worker: Candidate
     uncached: int
     fetch: str | None
-    ttft_s: float
     within_s: float
+
+    @property
+    def ttft_s(self) -> float:
+        return self.wait_s + self.compute_s
 
     def placement(self, decode: str | None) -> Placement:
         prefill = self.worker.id if self.worker.role == "prefill" else None
@@ -209,15 +216,15 @@ def _better(
     """
     cost, wait, total = worker.cost, worker.wait_s, view.num_tokens
 
-    def after(ready: float, new: int) -> tuple[float, float]:
-        """Score and TTFT."""
+    def after(ready: float, new: int) -> tuple[float, float, float]:
+        """Score, wait and compute."""
         compute = cost.prefill(new, total - new)
         ready += step * -(-new // worker.chunk_tokens) if step else 0.0
-        return ready + weights.work * compute, ready + compute
+        return ready + weights.work * compute, ready, compute
 
     here = min(view.hits.get(worker.id, 0), total - 1)
     new, fetch, within = total - here, None, 0.0
-    score, ttft = after(wait, new)
+    score, waits, compute = after(wait, new)
     if owner is not None and owner.id != worker.id and worker.fetch_s is not None:
         held = min(view.held[owner.id], total - 1)
         if held > here and _kind(owner) == _kind(worker):
@@ -225,9 +232,9 @@ def _better(
             fetched = after(max(wait, way), total - held)
             if fetched[0] < score:
                 within = score - after(0.0, total - held)[0]
-                (score, ttft), new, fetch = fetched, total - held, owner.id
-    score += weights.hold * (total - here) * cost.token_s
-    return _Plan(score, _load(worker), worker, new, fetch, ttft, within)
+                (score, waits, compute), new, fetch = fetched, total - held, owner.id
+    hold = weights.hold * (total - here) * cost.token_s
+    return _Plan(score + hold, waits, compute, hold, _load(worker), worker, new, fetch, within)
 
 
 def _may_prefill(view: View, decode: Candidate, weights: Weights) -> bool:
@@ -342,20 +349,16 @@ def weigh(view: View, snapshot: Sequence[Candidate], weights: Weights = WEIGHTS)
 def _weigh(view: View, worker: Candidate, owner: Candidate | None, weights: Weights) -> Weighed:
     decodes = worker.role == "decode"
     plan = (_local if decodes else _remote)(view, worker, owner, weights)
-    uncached = plan.uncached
-    hold = weights.hold * _uncached(view, worker) * worker.cost.token_s
-    # ttft = wait + work and score = wait + weight * work + hold.
-    work_s = (plan.score - hold - plan.ttft_s) / (weights.work - 1)
     return Weighed(
         worker=worker.id,
         role=worker.role,
         objection=_objection(view, worker),
         hit_tokens=min(view.hits.get(worker.id, 0), view.num_tokens),
-        uncached_tokens=uncached,
+        uncached_tokens=plan.uncached,
         fetch=plan.fetch,
-        wait_s=plan.ttft_s - work_s,
-        work=weights.work * work_s,
-        hold=hold,
+        wait_s=plan.wait_s,
+        work=weights.work * plan.compute_s,
+        hold=plan.hold,
         decode=_decode_cost(view, worker) * worker.cost.kv_s * weights.decode if decodes else None,
         prefills=not decodes or _may_prefill(view, worker, weights),
         ttft_s=plan.ttft_s,

@@ -54,7 +54,10 @@ class Cluster:
         self._now = 0.0
         pooled = LruCache(hardware.prefill_blocks * num_prefill) if policy.pooled else None
         self._prefills = [
-            PrefillWorker(LruCache(hardware.prefill_blocks) if pooled is None else pooled)
+            PrefillWorker(
+                LruCache(hardware.prefill_blocks) if pooled is None else pooled,
+                policy.shortest_first,
+            )
             for _ in range(num_prefill)
         ]
         self._decodes = [DecodeWorker(hardware) for _ in range(num_decode)]
@@ -187,9 +190,7 @@ class Cluster:
             placement.uncached, job.tokens - placement.uncached
         )
         job.predicted_tokens = placement.uncached
-        worker.queue.append(job)
-        worker.queued_s += job.predicted_s
-        worker.queued_tokens += placement.uncached
+        worker.add(job)
         self._serve(worker, number)
 
     def _worker(self, id: str) -> PrefillWorker | DecodeWorker:
@@ -239,20 +240,18 @@ class Cluster:
             if worker.current is None and worker.alive:
                 job = self._pool.popleft()
                 job.prefill = number
-                worker.queue.append(job)
+                worker.add(job)
                 self._serve(worker, number)
 
     def _serve(self, worker: PrefillWorker, number: int) -> None:
         """Begin with the next prompt, if the worker is idle and the prompt's prefix is there."""
         if worker.current is not None or not worker.queue:
             return
-        job = worker.queue[0]
         now = self._now
-        if job.fetched_at > now:
-            self._at(job.fetched_at, self._wake, worker, number, worker.life)
+        job = worker.take(now)
+        if job is None:
+            self._at(worker.ready_at(), self._wake, worker, number, worker.life)
             return
-        worker.queue.popleft()
-        worker.queued_s = worker.queued_s - job.predicted_s if worker.queue else 0.0
         blocks = job.request.blocks
         size = self._hardware.block_tokens
         job.cached = min(worker.cache.match(blocks) * size, job.tokens - 1)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from common.config import flag
 from common.errors import ConfigError
+from router.simulate.experiment import WARM_UP
 from router.simulate.policies import POLICIES
 
 
@@ -19,6 +20,9 @@ class SimulateConfig:
     decode: int = flag(4, "decode workers")
     policy: str = flag(
         "tandem", f"rules of placement, separated by commas, or all: {', '.join(POLICIES)}"
+    )
+    warm_up: float = flag(
+        WARM_UP, "part of the requests that is served first and does not count: caches are cold"
     )
     rate_scale: float = flag(1.0, "how many times as fast as recorded the requests come")
     slo_ttft: str = flag(
@@ -41,6 +45,8 @@ class SimulateConfig:
             raise ConfigError("--prefill must not be negative, and --decode at least 1")
         if not self.rate_scale > 0:
             raise ConfigError("--rate-scale must be positive")
+        if not 0 <= self.warm_up < 1:
+            raise ConfigError("--warm-up must be at least 0 and below 1")
         if not self.staleness_s >= 0:
             raise ConfigError("--staleness-s must not be negative")
         self.bounds()

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from random import Random
+from typing import Final
 
 from router.simulate import trace
 from router.simulate.cluster import Cluster
@@ -14,6 +15,9 @@ from router.simulate.policies import policy
 from router.simulate.search import goodput
 from router.simulate.slo import Slo
 from router.simulate.trace import Request
+
+WARM_UP: Final = 0.075
+"""Part of the requests that come before caches are as full as they are in service."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +31,8 @@ class Experiment:
     seed: int = 0
     staleness_s: float = 0.0
     failures: Sequence[Failure] = ()
+    warm_up: float = WARM_UP
+    """Part of the requests, from the first on, that is served but does not count."""
     progress: Callable[[], object] = lambda: None
     """Called for each request that arrives."""
 
@@ -45,7 +51,7 @@ class Experiment:
         return cluster.run(self.requests, times, self.progress)
 
     def outcome(self, rate_scale: float) -> Outcome:
-        return summarize(self.run(rate_scale), self.hardware, self.slo)
+        return summarize(self.run(rate_scale), self.hardware, self.slo, self.warm_up)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,8 @@ class Job:
     predicted_s: float = 0.0
     """Seconds of compute that were predicted at its placement."""
     predicted_tokens: int = 0
+    turn: int = 0
+    """Prompts of lower ones are computed first, where the shortest is."""
     cached: int = 0
     """Prompt tokens that were not computed."""
     emitted: int = 0

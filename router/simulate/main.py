@@ -52,12 +52,13 @@ def main(config: SimulateConfig) -> int:
                 seed=config.seed,
                 staleness_s=config.staleness_s,
                 failures=broken,
+                warm_up=config.warm_up,
                 progress=bar.update,
             )
             jobs = experiment.run(config.rate_scale)
-            outcome = summarize(jobs, hardware, limits)
+            outcome = summarize(jobs, hardware, limits, config.warm_up)
             found = search(experiment, config.rate_scale) if config.search else None
-        drawn[0][name] = ttfts(jobs)
+        drawn[0][name] = ttfts(jobs[int(config.warm_up * len(jobs)) :])
         drawn[1][name] = [outcome] if found is None else found.outcomes
         results.append(
             {
@@ -73,6 +74,7 @@ def main(config: SimulateConfig) -> int:
                 "part": config.part,
                 "slo_ttft": config.slo_ttft,
                 "slo_tpot": config.slo_tpot,
+                "warm_up": config.warm_up,
                 "seed": config.seed,
                 "seconds": time.monotonic() - began,
             }

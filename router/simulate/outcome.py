@@ -47,12 +47,14 @@ def tpots(jobs: Sequence[Job]) -> np.ndarray:
     )
 
 
-def summarize(jobs: Sequence[Job], hardware: Hardware, slo: Slo) -> Outcome:
+def summarize(jobs: Sequence[Job], hardware: Hardware, slo: Slo, warm_up: float = 0.0) -> Outcome:
+    """What all but the first `warm_up` of the jobs (0 to 1) came to; the rate is that of all."""
+    span = jobs[-1].arrival - jobs[0].arrival
+    rate = len(jobs) / span if span > 0 else float("inf")
+    jobs = jobs[int(warm_up * len(jobs)) :]
     first, per_token = ttfts(jobs), tpots(jobs)
     limits = np.array([slo.ttft(hardware.prefill(j.request.prompt, 0)) for j in jobs])
     good = float(np.mean((first <= limits) & (per_token <= slo.tpot_s)))
-    span = jobs[-1].arrival - jobs[0].arrival
-    rate = len(jobs) / span if span > 0 else float("inf")
     return Outcome(
         rate=rate,
         attainment=good,

@@ -27,6 +27,8 @@ class Ask:
 class Policy(Protocol):
     pooled: bool
     """No router: all workers share one cache and one queue."""
+    shortest_first: bool
+    """Prefill workers take the shortest prompt first."""
 
     def place(self, ask: Ask, workers: Sequence[Candidate], rng: Random) -> Placement | None: ...
 
@@ -35,6 +37,7 @@ class Tandem:
     """Our own rule: the code that the router runs."""
 
     pooled = False
+    shortest_first = True
 
     def place(self, ask: Ask, workers: Sequence[Candidate], rng: Random) -> Placement | None:
         return place(ask.view, workers, rng)
@@ -44,6 +47,7 @@ class Pooled:
     """The bound: every worker can use what any of them has computed, and none has a queue."""
 
     pooled = True
+    shortest_first = False
 
     def place(self, ask: Ask, workers: Sequence[Candidate], rng: Random) -> Placement | None:
         raise AssertionError("a pooled cluster places nothing")
@@ -53,6 +57,7 @@ class _Rule:
     """Chooses a prefill worker; the decode worker is the one that holds the fewest tokens."""
 
     pooled = False
+    shortest_first = False
 
     def place(self, ask: Ask, workers: Sequence[Candidate], rng: Random) -> Placement | None:
         prefills = [w for w in workers if w.role == "prefill" and w.ready]

@@ -97,6 +97,22 @@ def experiment(name: str) -> Experiment:
     )
 
 
+def test_what_comes_while_caches_are_cold_does_not_count() -> None:
+    requests = [
+        request(0.0, 3000, 1, *range(30)),
+        request(0.0, 3000, 1, *range(30)),
+        request(20.0, 1000, 1, *range(10)),
+        request(30.0, 1000, 1, *range(10)),
+    ]
+    jobs = run("min-ttft", requests)
+    tight = Slo(Limit(0.5, 0.0), 0.05)
+    cold, warm = summarize(jobs, HARDWARE, tight), summarize(jobs, HARDWARE, tight, 0.5)
+    assert (cold.attainment, warm.attainment) == (0.5, 1.0)
+    assert warm.rate == cold.rate == 4 / 30
+    assert cold.hit == (2999 + 999 + 999) / 8000 and warm.hit == 999 / 1000
+    assert warm.ttft_p99 == pytest.approx(0.001)
+
+
 def test_equal_seeds_give_equal_runs() -> None:
     assert experiment("tandem").outcome(2.0) == experiment("tandem").outcome(2.0)
 

@@ -52,6 +52,7 @@ def test_without_prefill_workers_the_others_prefill_all(
         (["--decode", "0"], "--decode at least 1"),
         (["--prefill", "0", "--policy", "pooled"], "--policy pooled needs --prefill"),
         (["--rate-scale", "0"], "--rate-scale must be positive"),
+        (["--warm-up", "1"], "--warm-up must be at least 0 and below 1"),
         (["--part", "1:0"], "--part: '1:0' is no part"),
         (["--trace", "none.jsonl"], "none.jsonl"),
         (["--slo-ttft", "soon"], "--slo-ttft: 'soon'"),

@@ -11,6 +11,7 @@ from router.simulate.cache import LruCache
 from router.simulate.decode_worker import DecodeWorker
 from router.simulate.job import Job
 from router.simulate.model import Hardware
+from router.simulate.prefill_worker import PrefillWorker
 from router.simulate.trace import Request
 
 HARDWARE = Hardware(
@@ -96,6 +97,37 @@ def test_a_sequence_waits_for_memory() -> None:
     worker.join(second, 0.0)
     worker.advance(10.0)
     assert first.end is not None and second.end is not None and second.end > first.end
+
+
+def test_the_shortest_prompt_is_next_but_nobody_is_overtaken_for_ever() -> None:
+    worker = PrefillWorker(LruCache(10), shortest_first=True)
+    long, short, fetching = (Job(Request(0.0, n, 1, ()), 0.0) for n in (500, 300, 100))
+    for each in (long, short, fetching):
+        each.predicted_tokens, each.predicted_s = each.tokens, each.tokens / 1000
+    fetching.fetched_at = 7.0
+    for each in (long, short, fetching):
+        worker.add(each)
+    assert worker.take(0.0) is short
+    # It has waited for 300 tokens: as good as 200 now.
+    later = Job(Request(0.0, 250, 1, ()), 0.0)
+    later.predicted_tokens, later.predicted_s = 250, 0.25
+    worker.add(later)
+    assert worker.take(0.0) is long
+    assert worker.take(7.0) is fetching
+    assert worker.queued_s == pytest.approx(0.25)
+    assert worker.take(7.0) is later
+    assert worker.queued_s == 0.0
+
+
+def test_other_systems_serve_in_order_of_arrival() -> None:
+    worker = PrefillWorker(LruCache(10))
+    first, second = (Job(Request(0.0, n, 1, ()), 0.0) for n in (500, 300))
+    first.fetched_at = 3.0
+    worker.add(first)
+    worker.add(second)
+    assert worker.take(1.0) is None and worker.ready_at() == 3.0
+    assert worker.take(3.0) is first
+    assert worker.take(3.0) is second
 
 
 def test_a_cache_evicts_the_tail_of_what_was_used_longest_ago() -> None:
