@@ -1,8 +1,9 @@
-"""What clients that misbehave cost the others: `python -m benchmarks.misbehaving --url URL`.
+"""What clients that misbehave cost the others: `python -m benchmarks.misbehaving`, in two minutes.
 
 Streams run in closed loops for some seconds, in turns alone and beside clients that read nothing,
 send byte by byte, send 50 MB or only keep connections open. The time between tokens of the streams
-should not change; neither should the router need more memory than its caps say.
+should not change; neither should the router need more memory than its caps say. Without `--url`
+this starts and ends a deployment of its own: one prefill and one decode worker, the demo model.
 """
 
 import argparse
@@ -10,10 +11,12 @@ import asyncio
 import contextlib
 import json
 import multiprocessing
+import os
+import re
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Final
@@ -23,11 +26,16 @@ import numpy as np
 
 from benchmarks import machine
 from benchmarks.client import Record, Target, connect, send
+from benchmarks.compare.paths import LOGS, RESULTS
+from benchmarks.compare.server import StartError, free_ports, running, stop_cleanly
+from benchmarks.contenders import Contender, up_command
 
 LARGE: Final = 50_000_000
 """Bytes of the body that is too large."""
 PAUSE_S: Final = 0.1
 """Between two bytes of a sender that is slow."""
+START_S: Final = 120.0
+"""How long a deployment of our own may take to come up."""
 
 
 class Crowd:
@@ -177,6 +185,19 @@ def rss_mib(pid: int | None) -> float | None:
     return None
 
 
+@contextlib.contextmanager
+def deployment() -> Iterator[tuple[str, int | None]]:
+    """(URL, process id of the router) of a deployment that lasts as long as this does. Raises
+    StartError."""
+    (port,) = free_ports(1)
+    contender = Contender("misbehaving", 1.0, prefill=1, decode=1, pinned=False)
+    command = up_command(contender, port, sorted(os.sched_getaffinity(0)), None, "")
+    with running([command], LOGS, START_S):
+        log = (LOGS / f"{command.name}.log").read_text(errors="replace")
+        found = re.search(r"^router +starting pid (\d+)$", log, re.MULTILINE)
+        yield f"http://127.0.0.1:{port}", int(found[1]) if found else None
+
+
 async def compare(args: argparse.Namespace) -> dict[str, Any]:
     """Raises ConnectionError, EOFError."""
     url = f"{args.url}/v1/completions"
@@ -205,23 +226,29 @@ async def compare(args: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.misbehaving", description=__doc__)
-    parser.add_argument("--url", required=True, help="of the server, without a path")
+    parser.add_argument("--url", help="of a server that runs, without a path; else: our own")
     parser.add_argument("--streams", type=int, default=4, help="streams that are measured")
     parser.add_argument("--idle", type=int, default=1_000, help="connections that are only open")
     parser.add_argument("--slow", type=int, default=8, help="slow senders, and slow readers")
     parser.add_argument("--seconds", type=float, default=10.0, help="of one measurement")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of either kind")
     parser.add_argument("--router-pid", type=int, help="whose memory is shown")
-    parser.add_argument("--json", type=Path, help="where the figures go")
+    parser.add_argument("--json", type=Path, default=RESULTS / "misbehaving.json",
+                        help="where the figures go (default: %(default)s)")  # fmt: skip
     args = parser.parse_args(argv)
+    stop_cleanly()
     try:
-        figures = asyncio.run(compare(args))
-    except (EOFError, OSError) as error:
+        with contextlib.ExitStack() as stack:
+            if args.url is None:
+                args.url, args.router_pid = stack.enter_context(deployment())
+            figures = asyncio.run(compare(args))
+    except KeyboardInterrupt:
+        return 130
+    except (EOFError, OSError, StartError) as error:
         print(f"misbehaving: error: {error}", file=sys.stderr)
         return 1
     print(json.dumps(figures, indent=1))
-    if args.json is not None:
-        args.json.write_text(json.dumps(machine.provenance() | figures, indent=1) + "\n")
+    args.json.write_text(json.dumps(machine.provenance() | figures, indent=1) + "\n")
     return 0
 
 
