@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from benchmarks.curves import Curve
 
+ALIKE = 1.03
+"""Capacities per core or GPU with a smaller ratio are told to be the same."""
+
 
 @dataclass(frozen=True, slots=True)
 class Advice:
@@ -83,6 +86,8 @@ def _against(best: Curve, other: Curve) -> str:
         return (
             f"{other.name} was not brought to its limit either: the sweep cannot tell them apart."
         )
+    if share < ALIKE:
+        return f"{other.name} holds about as much ({held})."
     if other.per_unit.high > best.per_unit.low and best.per_unit.low < best.per_unit.value:
         return text + ", but their 95 % intervals overlap: more repeats would tell."
     return text + "."

@@ -7,6 +7,7 @@ each line carries its name. The report replaces the colours by those of the read
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -33,14 +34,25 @@ STYLE: dict[Any, Any] = {
     "axes.grid": True, "axes.axisbelow": True, "grid.color": GRID, "grid.linewidth": 0.8,
     "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left",
     "xtick.color": MUTED, "ytick.color": MUTED, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
-    "figure.facecolor": PAPER, "axes.facecolor": PAPER, "svg.fonttype": "path",
+    "figure.facecolor": PAPER, "axes.facecolor": PAPER,
 }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One plot in three forms."""
+
+    svg: str
+    """Its letters are outlines: it looks alike everywhere."""
+    page: str
+    """SVG whose text is text: smaller, and a reader can search and copy it."""
+    png: bytes
 
 
 def draw(
     curves: Sequence[Curve], slo: Mapping[str, float], attainment: float, percentile: str, unit: str
-) -> dict[str, tuple[str, bytes]]:
-    """SVG text and PNG bytes by name: `tradeoff`, `goodput`, `attainment`."""
+) -> dict[str, Picture]:
+    """By name: `tradeoff`, `goodput`, `attainment`."""
     pictures: dict[str, Callable[[Axes], None]] = {
         "tradeoff": lambda axes: _tradeoff(axes, curves, slo, percentile),
         "goodput": lambda axes: _goodput(axes, curves),
@@ -52,11 +64,18 @@ def draw(
         with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
             figure = Figure(figsize=SIZE, layout="constrained")
             paint(figure.add_subplot())
-            svg, png = io.StringIO(), io.BytesIO()
-            figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
+            png = io.BytesIO()
             figure.savefig(png, format="png", dpi=160)
-        result[name] = (svg.getvalue(), png.getvalue())
+            result[name] = Picture(_svg(figure, "path"), _svg(figure, "none"), png.getvalue())
     return result
+
+
+def _svg(figure: Figure, letters: str) -> str:
+    """letters: matplotlib's `svg.fonttype`."""
+    with matplotlib.rc_context({"svg.fonttype": letters}):
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    return text.getvalue()
 
 
 def _tradeoff(

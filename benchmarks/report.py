@@ -47,10 +47,10 @@ def write(document: Mapping[str, Any], directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     saved = {**document, "advice": [advice.headline, *advice.details]}
     (directory / "sweep.json").write_text(json.dumps(saved, indent=1) + "\n")
-    for name, (svg, png) in pictures.items():
-        (directory / f"{name}.svg").write_text(svg)
-        (directory / f"{name}.png").write_bytes(png)
-    drawn = {name: svg for name, (svg, _) in pictures.items()}
+    for name, picture in pictures.items():
+        (directory / f"{name}.svg").write_text(picture.svg)
+        (directory / f"{name}.png").write_bytes(picture.png)
+    drawn = {name: picture.page for name, picture in pictures.items()}
     (directory / "report.html").write_text(page(document, found, advice, drawn))
     print("\n".join(["", advice.headline, *(f"  {line}" for line in advice.details)]))
     print(f"\n{directory / 'report.html'}")
@@ -116,6 +116,9 @@ def inline(svg: str, name: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg, count=2)
+    # A page shows no more than hundredths of a point, in fonts as wide as the plots' own.
+    svg = re.sub(r' d="[^"]*"', lambda match: re.sub(r"(\.\d\d)\d+", r"\1", match[0]), svg)
+    svg = svg.replace("'DejaVu Sans'", "'DejaVu Sans', Verdana, sans-serif")
     svg = svg.replace('id="', f'id="{name}-').replace('href="#', f'href="#{name}-')
     svg = svg.replace("url(#", f"url(#{name}-")
     roles = {"ink": plots.INK, "muted": plots.MUTED, "grid": plots.GRID, "paper": plots.PAPER,

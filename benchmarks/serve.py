@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--goodput", nargs="*", default=[], metavar="METRIC:MS", help="the same, vLLM's form")
     add("--json", metavar="FILE", help="write summary and records; `-`: summary as last line")
     add("--no-records", action="store_true", help="leave the records out of --json FILE")
-    add("--no-progress", action="store_true")
+    add("--no-progress", "--disable-tqdm", action="store_true", help="no progress bar")
 
 
 def build_target(args: argparse.Namespace) -> Target:

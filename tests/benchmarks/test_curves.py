@@ -59,6 +59,19 @@ def test_the_best_ratio_is_advised() -> None:
     )
 
 
+def test_what_holds_as_much_is_not_told_to_be_worse() -> None:
+    found = document()
+    for point in found["points"]:
+        share = 0.5 if point["rate"] == 4.0 else 1.0
+        if point["contender"] == "1P1D" and point["rate"] == 4.0:
+            share = 0.49
+        point["figures"]["slo_attainment"] = share
+    advice = advise(curves.build(found), found["slo"], found["attainment"], "core")
+    assert (advice.best, advice.details[0]) == (
+        "colocated", "1P1D holds about as much (2.39 requests/s).",
+    )  # fmt: skip
+
+
 def test_nothing_is_advised_where_nothing_holds() -> None:
     found = document()
     points: list[dict[str, Any]] = found["points"]

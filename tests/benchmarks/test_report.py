@@ -39,6 +39,7 @@ def test_the_page_needs_nothing_else(written: Path) -> None:
     links = set(re.findall(r"https?://[^\s\"'<]+", page))
     assert links <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
     assert "<script" not in page and "@import" not in page
+    assert "Requests sent (per second)</text>" in page, "what an axis says can be searched"
     ids = re.findall(r'\sid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
     references = set(re.findall(r'(?:href="|url\()#([^")]+)', page))
@@ -63,16 +64,16 @@ def test_the_page_tells_everything(written: Path) -> None:
 
 def test_pictures_follow_the_theme() -> None:
     drawn = plots.draw(curves.build(document()), {"ttft": 500.0}, 0.9, "p90", "core")
-    for name, (svg, _) in drawn.items():
-        ElementTree.fromstring(svg)
-        part = report.inline(svg, name)
+    for name, picture in drawn.items():
+        ElementTree.fromstring(picture.svg)
+        part = report.inline(picture.page, name)
         ElementTree.fromstring(part)
         for role in ("ink", "grid", "s0", "s1", "s2"):
             assert f"var(--{role})" in part
         assert not set(re.findall(r"#[0-9a-f]{6}\b", part)) & {plots.INK, *plots.SERIES}
         assert ' width="' not in part[: part.index(">")]
     again = plots.draw(curves.build(document()), {"ttft": 500.0}, 0.9, "p90", "core")
-    assert again["goodput"][0] == drawn["goodput"][0]
+    assert again["goodput"] == drawn["goodput"]
 
 
 def test_answers_that_came_all_at_once_have_no_place_on_the_scale() -> None:
@@ -81,7 +82,7 @@ def test_answers_that_came_all_at_once_have_no_place_on_the_scale() -> None:
         if point["contender"] != "old":
             point["figures"]["p90_tpot_ms"] = 0.0
     drawn = plots.draw(curves.build(found), {"ttft": 500.0}, 0.9, "p90", "core")
-    assert all(ElementTree.fromstring(svg) is not None for svg, _ in drawn.values())
+    assert all(ElementTree.fromstring(picture.svg) is not None for picture in drawn.values())
 
 
 def test_an_earlier_sweep_is_drawn_anew(written: Path, tmp_path: Path) -> None:
