@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from common.errors import RequestError
 from router import debug, errors
 from router import metrics as metrics_text
-from router.auth import authorizer, tenant_of
+from router.auth import checks, tenant_of
 from router.caps import DEFAULT, Caps
 from router.cors import Cors
 from router.intake import Intake, unknown_model
@@ -61,8 +61,7 @@ def create_app(parts: Parts) -> FastAPI:
     parts.metrics.vllm.serve(parts.model)
     app = FastAPI(
         title="Tandem",
-        # What limits a tenant's rate comes after the one that finds out whose call it is.
-        dependencies=[Depends(authorizer(parts.keys))],
+        dependencies=[Depends(check) for check in checks(parts.keys)],
         # These would be routes without the dependency.
         openapi_url=None,
         docs_url=None,

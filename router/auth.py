@@ -17,7 +17,20 @@ OPEN: Final = frozenset({"/health", "/ping", "/version", "/openapi.json"})
 DEBUG: Final = "/debug/"
 
 
-def authorizer(keys: Keys) -> Callable[[HttpRequest], Awaitable[None]]:
+Check = Callable[[HttpRequest], Awaitable[None]]
+"""Lets a call pass, or raises RequestError."""
+
+
+def checks(keys: Keys) -> list[Check]:
+    """What every call passes before its route and before its body is read, in this order.
+
+    Whose call it is comes first: what limits a tenant's rate or quota follows it here, with
+    `tenant_of` and a 429, and what writes down who called what is the last.
+    """
+    return [authorizer(keys)]
+
+
+def authorizer(keys: Keys) -> Check:
     """The dependency for an application with these keys. It leaves the tenant in the scope."""
 
     async def authorize(request: HttpRequest) -> None:

@@ -26,7 +26,7 @@ from router.request import Choice, Request, TextRule
 from router.sampling import reseeded, sampling_params
 from router.schemas import ChatBody, CompletionBody, SamplingBody
 from router.service import Service
-from router.speech import MARKERS, THINK, Format, detect
+from router.speech import MARKERS, THINK, Format, detect, may_think
 from router.text_api import TextApi
 from router.token_text import TokenText
 from router.tokenizer import TextModel
@@ -133,7 +133,7 @@ class Intake:
             prompt_logprobs=body.prompt_logprobs,
         )
         manner = self._manner(body, prompt, constrained=bool(grammar))
-        rule = _rule(body, self._visible if manner.format != "none" else frozenset())
+        rule = _rule(body, frozenset() if manner.is_plain else self._visible)
         requests, events = self._requests(body, [prompt], params, label, body.n or 1, rule, tenant)
         for request in requests:
             request.received = received
@@ -157,7 +157,7 @@ class Intake:
         template = self._text_model.chat_template
         assert template is not None
         thinks: bool | None = None
-        if not constrained and THINK[0] in template.source:
+        if not constrained and may_think(template.source):
             thinks = (prompt.text or "").rstrip().endswith(THINK[0])
         if body.forced_tool is not None:
             return Manner("named", body.forced_tool, thinks)

@@ -25,7 +25,7 @@ class TextRule:
     include_stop: bool = False
     skip_special_tokens: bool = True
     visible: frozenset[int] = frozenset()
-    """Special tokens that are shown nevertheless: marks of tool calls."""
+    """Special tokens that are shown nevertheless: marks of tool calls and of reasoning."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,9 @@ THINK: Final = ("<think>", "</think>")
 TOOL_CALL: Final = ("<tool_call>", "</tool_call>")
 TOOL_CALLS: Final = "[TOOL_CALLS]"
 ARGS: Final = "[ARGS]"
+CALL_ID: Final = "[CALL_ID]"
 PYTHON_TAG: Final = "<|python_tag|>"
-MARKERS: Final = (*THINK, *TOOL_CALL, TOOL_CALLS, ARGS, PYTHON_TAG)
+MARKERS: Final = (*THINK, *TOOL_CALL, TOOL_CALLS, ARGS, CALL_ID, PYTHON_TAG)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,11 @@ def detect(template: str) -> Format:
     if PYTHON_TAG in template or '"parameters": dictionary' in template:
         return "llama3_json"
     return "none"
+
+
+def may_think(template: str) -> bool:
+    """Answers may begin with reasoning: the template writes it, or takes it off what was said."""
+    return any(marker in template for marker in THINK)
 
 
 class _Marker:
@@ -198,7 +204,7 @@ class Speech:
         name, brace, after = self._mistral_name.partition("{")
         if not brace:
             return None
-        name = name.removesuffix(ARGS).strip()
+        name = name.removesuffix(ARGS).partition(CALL_ID)[0].strip()
         if not name:
             self._state = "raw"
             return TOOL_CALLS + self._mistral_name

@@ -5,7 +5,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.speech import Format, Said, Speech, detect, join
+from router.speech import Format, Said, Speech, detect, join, may_think
 
 CASES: list[tuple[Format, dict[str, Any], str, Said]] = [
     (
@@ -41,6 +41,10 @@ CASES: list[tuple[Format, dict[str, Any], str, Said]] = [
     (
         "mistral", {}, '[TOOL_CALLS]f{"x": {}}[TOOL_CALLS]g[ARGS]{}',
         Said("", "", ("f", "g"), ('{"x": {}}', "{}")),
+    ),
+    (
+        "mistral", {}, '[TOOL_CALLS]f[CALL_ID]abcdefghi[ARGS]{"x": 1}',
+        Said("", "", ("f",), ('{"x": 1}',)),
     ),
     ("mistral", {}, "none [TOOL", Said("none [TOOL")),
     (
@@ -112,3 +116,10 @@ def test_the_template_shows_the_format() -> None:
     assert detect("{{ '[TOOL_CALLS]' }}") == "mistral"
     assert detect("<|python_tag|>") == "llama3_json"
     assert detect("{{ messages }}") == "none"
+    # Llama 3.2 names no python tag, and Qwen's templates teach both calls and reasoning.
+    assert detect('Respond in the format {"name": function name, "parameters": dictionary of') == (
+        "llama3_json"
+    )
+    assert may_think("{{ '<think>\\n' }}") and not may_think("{{ messages }}")
+    # DeepSeek-R1's takes reasoning off earlier answers and writes none itself.
+    assert may_think("{% set content = content.split('</think>')[-1] %}")

@@ -179,3 +179,55 @@ async def test_reasoning_before_a_call(router_redis: str, tmp_path: Path) -> Non
             message = whole.json()["choices"][0]["message"]
             assert message.get("reasoning_content") == message.get("reasoning") == reasoning
             assert message["content"] is None and len(message["tool_calls"]) == 1
+
+
+R1 = """\
+{{ bos_token }}
+{%- for message in messages %}
+{%- set content = message.content %}
+{%- if '</think>' in content %}{% set content = content.split('</think>')[-1] %}{% endif -%}
+<{{ message.role }}>{{ content }}
+{%- endfor %}{% if add_generation_prompt %}<assistant>{{ opening }}{% endif %}"""
+QWEN3 = (
+    HERMES
+    + """\
+{%- if add_generation_prompt and enable_thinking is defined and enable_thinking is false -%}
+<think>\n\n</think>\n\n{% endif %}"""
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "extra", "text", "reasoning", "content"),
+    [
+        (R1, {}, "<think>\nhm\n</think>\n\nyes", "hm\n", "yes"),
+        (R1, {"chat_template_kwargs": {"opening": "<think>\n"}}, "hm</think>yes", "hm", "yes"),
+        (R1, {}, "yes", None, "yes"),
+        (QWEN3, {}, "<think>\nhm</think>\nyes", "hm", "yes"),
+        (QWEN3, {"reasoning_effort": "none"}, "yes", None, "yes"),
+        (QWEN3, {"chat_template_kwargs": {"enable_thinking": False}}, "yes", None, "yes"),
+    ],
+)
+async def test_reasoning_of_families(
+    router_redis: str, tmp_path: Path, template: str, extra: dict[str, Any], text: str,
+    reasoning: str | None, content: str,
+) -> None:  # fmt: skip
+    ask = {"messages": [QUESTION], "max_tokens": 300, **extra}
+    async with saying(router_redis, tmp_path / "m", template, text) as served:
+        whole = await served.http.post("/v1/chat/completions", json=ask)
+        message = whole.json()["choices"][0]["message"]
+        assert (message.get("reasoning_content"), message["content"]) == (reasoning, content)
+
+
+async def test_marks_of_reasoning_that_are_special_tokens(
+    router_redis: str, tmp_path: Path
+) -> None:
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens([AddedToken("<think>"), AddedToken("</think>")])
+    files = write_text_files(tmp_path / "m", tokenizer, R1)
+    async with deployment(router_redis, files) as served:
+        script = served.text_model.encode_now("<think>hm</think>yes", add_special_tokens=False)
+        for worker in served.workers:
+            worker.script = script
+        whole = await served.http.post("/v1/chat/completions", json={"messages": [QUESTION]})
+        message = whole.json()["choices"][0]["message"]
+        assert (message["reasoning_content"], message["content"]) == ("hm", "yes")
