@@ -22,7 +22,7 @@ from router.fields import (
     text_only,
     validated,
 )
-from router.schemas import MAX_COUNT, SamplingBody
+from router.schemas import MAX_COUNT, ChatBody
 
 
 class _Part(Strict):
@@ -143,12 +143,18 @@ class ResponseBody(Labelled):
     priority: int | None = None
     cache_salt: str | None = None
     chat_template_kwargs: Free = None
+    allowed_token_ids: Free = None
+    bad_words: Free = None
+    structured_outputs: Free = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    include_reasoning: bool | None = None
 
     # Accepted without effect.
     max_tool_calls: int | None = Field(None, ge=1, le=MAX_COUNT)
     """Of tools that the server runs itself: there are none."""
 
-    # Known, but only in the values that ask for nothing: see `_NEUTRAL`.
+    # Known, but only in the values that ask for nothing: see `NEUTRAL`.
     background: Free = None
     context_management: Free = None
     conversation: Free = None
@@ -164,7 +170,7 @@ class ResponseBody(Labelled):
 LOGPROBS: Final = "message.output_text.logprobs"
 _INCLUDABLE: Final = (LOGPROBS, "reasoning.encrypted_content")
 """Encrypted reasoning is for servers that hide it; here it has no effect."""
-_NEUTRAL: Final[dict[str, tuple[object, ...]]] = {
+NEUTRAL: Final[dict[str, tuple[object, ...]]] = {
     "background": (False,),
     "context_management": ([],),
     "conversation": (),
@@ -173,9 +179,10 @@ _NEUTRAL: Final[dict[str, tuple[object, ...]]] = {
     "truncation": ("disabled",),
 }
 """Parameters that are not supported, with the values (besides null) that ask for nothing."""
-SAMPLING: Final = frozenset(ResponseBody.model_fields.keys() & SamplingBody.model_fields.keys()) - {
-    "stream_options"
-}
+_TRANSLATED: Final = frozenset(
+    {"stream_options", "tools", "tool_choice", "parallel_tool_calls", "top_logprobs"}
+)
+SAME: Final = frozenset(ResponseBody.model_fields.keys() & ChatBody.model_fields) - _TRANSLATED
 """Fields that go into the chat request as they are."""
 
 
@@ -183,7 +190,7 @@ def parse_response(data: object, caps: Caps = DEFAULT) -> ResponseBody:
     """Raises RequestError (400)."""
     _refuse_foreign(data, caps)
     body = validated(ResponseBody, data, caps)
-    refuse(body, _NEUTRAL)
+    refuse(body, NEUTRAL)
     for name in body.include or ():
         if name not in _INCLUDABLE:
             raise _unsupported("include", name)

@@ -12,7 +12,7 @@ from router.caps import Caps
 from router.intake import Call, Intake
 from router.response_answer import ResponseAnswer
 from router.response_schemas import (
-    SAMPLING,
+    SAME,
     CallItem,
     CallOutputItem,
     InputItem,
@@ -51,7 +51,7 @@ async def respond(intake: Intake, data: object, label: str, tenant: str, caps: C
 def chat_fields(body: ResponseBody) -> dict[str, Any]:
     """The body of a chat completion that asks for the same."""
     fields = {
-        name: value for name in SAMPLING if (value := getattr(body, name)) is not None
+        name: value for name in SAME if (value := getattr(body, name)) is not None
     }  # fmt: skip
     fields["messages"] = messages(body)
     fields["max_completion_tokens"] = body.max_output_tokens

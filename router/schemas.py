@@ -104,7 +104,7 @@ class SamplingBody(Labelled):
     guided_regex: Free = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
-    # Known, but only in the values that ask for nothing: see `_NEUTRAL`.
+    # Known, but only in the values that ask for nothing: see `NEUTRAL`.
     early_stopping: Free = None
     ec_transfer_params: Free = None
     guided_decoding_backend: Free = None
@@ -224,7 +224,7 @@ class TokenizeChatBody(ChatBody):
     return_token_strs: bool | None = None
 
 
-_NEUTRAL: Final[dict[str, tuple[object, ...]]] = {
+NEUTRAL: Final[dict[str, tuple[object, ...]]] = {
     "audio": (),
     "best_of": (1,),
     "chat_template": (),
@@ -257,13 +257,13 @@ _NEUTRAL: Final[dict[str, tuple[object, ...]]] = {
     "web_search_options": (),
 }
 """Parameters that are not supported, with the values (besides null) that ask for nothing."""
-_OF_COMPLETIONS: Final = {name: values for name, values in _NEUTRAL.items() if name != "best_of"}
+_OF_COMPLETIONS: Final = {name: values for name, values in NEUTRAL.items() if name != "best_of"}
 
 
 def parse(kind: type[Body], data: object, caps: Caps = DEFAULT) -> Body:
     """`data` as a body. Raises RequestError (400)."""
     body = validated(kind, data, caps)
-    refuse(body, _OF_COMPLETIONS if isinstance(body, CompletionBody) else _NEUTRAL)
+    refuse(body, _OF_COMPLETIONS if isinstance(body, CompletionBody) else NEUTRAL)
     if isinstance(body, SamplingBody):
         _check_companions(body)
     if isinstance(body, CompletionBody) and body.prompt == "":

@@ -231,6 +231,13 @@ def test_fields_become_those_of_a_chat() -> None:
     inner = {name: value for name, value in schema.items() if name != "type"}
     assert fields["response_format"] == {"type": "json_schema", "json_schema": inner}
     assert (fields["reasoning_effort"], fields["top_k"]) == ("low", 3)
+    same = {
+        "chat_template_kwargs": {"enable_thinking": False}, "include_reasoning": False,
+        "structured_outputs": {"choice": ["a"]}, "bad_words": ["b"], "allowed_token_ids": [1],
+        "skip_special_tokens": False, "include_stop_str_in_output": True, "seed": 0,
+    }  # fmt: skip
+    fields = chat_fields(parse_response({"input": "x", **same}))
+    assert {name: fields[name] for name in same} == same
     with pytest.raises(RequestError, match="JSON object"):
         parse_response([])
 
