@@ -94,6 +94,12 @@ class ModelConfig:
     kv_memory: str | None = flag(
         None, "memory of one worker's KV pool, such as 512M or 4G; none: from what is free"
     )
+    stage_memory: str = flag(
+        "256M", "host memory of one worker that blocks go through where its KV pool is on a GPU"
+    )
+    stage_kv: bool = flag(
+        False, "let them go through it on CPUs too: for tests, and to measure what that costs"
+    )
     max_model_len: int = flag(0, "longest prompt plus output in tokens; 0: what the model allows")
     max_num_seqs: int = flag(64, "sequences that one worker runs at a time")
     max_num_batched_tokens: int = flag(512, "token budget of one engine step (chunked prefill)")

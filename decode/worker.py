@@ -24,7 +24,7 @@ def main(config: WorkerConfig) -> int:
     identity = EndpointIdentity(info.id, info.epoch, info.content_id, info.layout)
     endpoint = Endpoint(
         identity,
-        worker.pool,
+        worker.memory,
         inbox,
         config,
         config.worker_host,

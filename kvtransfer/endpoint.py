@@ -27,6 +27,7 @@ from common.errors import ConfigError, ProtocolError
 from common.messages import Peer
 from kvtransfer import protocol
 from kvtransfer.accepting import longer
+from kvtransfer.arrivals import Arrivals
 from kvtransfer.channel import Channel, cancel
 from kvtransfer.commands import (
     ReceiverCommand,
@@ -35,12 +36,14 @@ from kvtransfer.commands import (
     SenderEvent,
 )
 from kvtransfer.copying import library
+from kvtransfer.departures import Departures
 from kvtransfer.identity import EndpointIdentity
 from kvtransfer.intake import Intake
-from kvtransfer.memory import BlockMemory
+from kvtransfer.memory import BlockMemory, StagedMemory
 from kvtransfer.receiver import Receiver
 from kvtransfer.sender import Sender
 from kvtransfer.sockets import ControlSocket
+from kvtransfer.staging import Waiting, halves
 from kvtransfer.stats import TransferStats
 from kvtransfer.timers import Timers
 from kvtransfer.transport import Listener, Stream
@@ -80,7 +83,7 @@ class Endpoint:
         """`host` is bound and announced. With `keys`, control messages and data over zmq go to
         and come from allowed keys alone. Raises ConfigError for a `transport` (one of
         `common.config.TRANSPORTS`) that cannot be used here. The first one on a machine compiles
-        its copies."""
+        its copies. `memory` that is a `StagedMemory`: blocks go through its slots."""
         library()
         self.address = ""
         if keys is not None:
@@ -106,6 +109,17 @@ class Endpoint:
         self._receiver = Receiver(identity, memory.block_bytes, self._timers, self._stats, random)
         self._sender.transports = self._transports
         self._intake = Intake(self._receiver, memory, self._stats)
+        self._departures: Departures | None = None
+        self._arrivals: Arrivals | None = None
+        self._waiting = Waiting()
+        if isinstance(memory, StagedMemory):
+            out, into = halves(memory)
+            self._departures = Departures(self._sender, memory, out)
+            self._arrivals = Arrivals(self._receiver, memory, self._stats, into, self._waiting)
+            self._intake = self._arrivals
+            # No message has more blocks than there are slots to receive it into.
+            window = min(self._receiver.window, into.count * memory.block_bytes)
+            self._receiver.window = window
         self._listeners: dict[str, Listener] = {}
         self._channels: dict[Peer, Channel] = {}
         self._tasks: list[asyncio.Task[None]] = []
@@ -147,6 +161,8 @@ class Endpoint:
         self.address = self._control.plain.getsockopt_string(zmq.LAST_ENDPOINT)
         self._sender.address = self.address
         loops = [self._read_control(), self._tick(), *map(self._accept, self._transports)]
+        if self._departures is not None and self._arrivals is not None:
+            loops += [self._load(self._departures), self._land(self._arrivals)]
         self._tasks = [self._start(loop) for loop in loops]
 
     async def failed(self) -> None:
@@ -160,6 +176,9 @@ class Endpoint:
         for listener in self._listeners.values():
             listener.close()
         self._intake.close()
+        if self._departures is not None:
+            self._departures.close()
+        self._waiting.close()
         for peer in list(self._channels):
             await self._channels.pop(peer).close()
         if self._closing:
@@ -193,6 +212,7 @@ class Endpoint:
 
     def stats(self) -> TransferStats:
         """A copy of the counters."""
+        staging = [part.slots for part in (self._departures, self._arrivals) if part is not None]
         return replace(
             self._stats,
             broken=self._stats.broken.copy(),
@@ -204,6 +224,8 @@ class Endpoint:
             sending=self._sender.num_live,
             receiving=self._receiver.num_live,
             links=len(self._channels),
+            slots=sum(slots.count for slots in staging),
+            slots_taken=sum(slots.num_taken for slots in staging),
             links_over=Counter(
                 channel.outlet.transport
                 for channel in self._channels.values()
@@ -224,6 +246,9 @@ class Endpoint:
             self._sender.tick(now)
             self._receiver.tick(now)
             self._flush()
+            for part in (self._departures, self._arrivals):
+                if part is not None:
+                    part.check()
 
     async def _read_control(self) -> None:
         while True:
@@ -284,6 +309,16 @@ class Endpoint:
             self._flush()
         self._flush()
 
+    async def _load(self, departures: Departures) -> None:
+        """Send what is in its slots."""
+        while True:
+            await self._waiting.over(await departures.copies.get())
+            self._flush()
+
+    async def _land(self, arrivals: Arrivals) -> None:
+        async for _ in arrivals.landings():
+            self._flush()
+
     async def _read_answers(self, peer: Peer, channel: Channel) -> None:
         while True:
             frames = await channel.control.receive()
@@ -335,6 +370,8 @@ class Endpoint:
                     self._flush()
                 channel.outlet = None
                 outlet.close()
+                if self._departures is not None:
+                    self._departures.lost(peer)
                 down_since = time.monotonic()
                 used = outlet.transport
                 futile[used] = self._num_futile(peer, now, futile[used])
@@ -364,10 +401,15 @@ class Endpoint:
         if self._is_closing:
             return
         self._intake.abandon_ended()
+        reading: set[int] = set()
         for outlet in [channel.outlet for channel in self._channels.values()]:
             if outlet is not None and outlet.reading is not None:
-                if not self._sender.is_live(outlet.reading):
+                if self._sender.is_live(outlet.reading):
+                    reading.add(outlet.reading)
+                else:
                     outlet.abandon()
+        if self._departures is not None:
+            self._departures.settle(reading)
         for events in (self._sender.events, self._receiver.events):
             while events:
                 self._inbox.put(events.popleft())
@@ -383,7 +425,10 @@ class Endpoint:
             if error == zmq.EHOSTUNREACH:
                 self._receiver.unreachable(route, time.monotonic())
         self._match_channels()
-        if not self._pumping and self._sender.has_data:
+        has_data = self._sender.has_data
+        if self._departures is not None:
+            has_data = has_data or self._departures.is_ready
+        if not self._pumping and has_data:
             self._pumping = True
             asyncio.get_running_loop().call_soon(self._pump)
 
@@ -402,10 +447,17 @@ class Endpoint:
         now = time.monotonic()
         sent = False
         for peer, channel in self._channels.items():
-            if channel.outlet is not None and channel.outlet.writable():
+            if channel.outlet is None:
+                continue
+            if self._departures is not None and self._departures.fill(peer, now):
+                sent = True
+            if channel.outlet.writable():
                 before = self._stats.bytes_sent
                 in_place = channel.outlet.in_place
-                shipment = self._sender.next_shipment(peer, now, in_place)
+                if self._departures is not None:
+                    shipment = self._departures.next_shipment(peer, in_place)
+                else:
+                    shipment = self._sender.next_shipment(peer, now, in_place)
                 if shipment is not None:
                     channel.outlet.send(shipment)
                     num_bytes = self._stats.bytes_sent - before

@@ -1,6 +1,7 @@
 """The pool memory as transfers see it, and the digest of a block."""
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import xxhash
 
@@ -24,6 +25,35 @@ class BlockMemory(Protocol):
 
     def run(self, block: int, count: int) -> memoryview:
         """Bytes of `count` consecutive blocks."""
+        ...
+
+
+class Copied(Protocol):
+    """Copies that were asked for together: a CUDA event behind them, where there is one."""
+
+    def query(self) -> bool:
+        """Whether they are over."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait until they are. Called from any thread; other threads run meanwhile."""
+        ...
+
+
+@runtime_checkable
+class StagedMemory(BlockMemory, Protocol):
+    """Slots of host memory, which transports use like blocks, before blocks that they cannot
+    reach: those of a GPU. `common.kv.stage.KvStage` is one."""
+
+    @property
+    def num_slots(self) -> int: ...
+
+    def fetch(self, pairs: Sequence[tuple[int, int]]) -> Copied:
+        """Begin to copy (block, slot): blocks that were computed to slots."""
+        ...
+
+    def store(self, pairs: Sequence[tuple[int, int]]) -> Copied:
+        """Begin to copy (slot, block): what came in to the blocks that were granted for it."""
         ...
 
 

@@ -6,7 +6,7 @@ offered --(ticket wants it)--> queued --> sent --(Landed)--> landed
 """
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -38,6 +38,18 @@ class Shipment:
             return [self.staged]
         assert not self.pieces, "to be put together by a receiver that maps the pool"
         return [memory.run(block, count) for block, count in self.runs]
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """What the next data message of a transfer is made of; without positions it is a fence."""
+
+    transfer: "Outgoing"
+    round: int
+    positions: tuple[int, ...]
+    """Of the receiver's blocks."""
+    sources: tuple[BlockRef, ...]
+    """The blocks of this side that are needed for them."""
 
 
 @dataclass(slots=True, eq=False)
@@ -139,33 +151,65 @@ class Outgoing:
                 self.landed.add(position)
                 self.moved_at = now
 
-    def cut(
-        self, count: int, memory: BlockMemory, epoch: int, now: float, in_place: bool
-    ) -> Shipment:
-        """Take `count` blocks from the queue, for a receiver of this epoch. `in_place`: one that
-        reads this pool itself."""
+    def cut(self, count: int, now: float, places: int | None) -> Cut | None:
+        """Take `count` blocks from the queue, or as many as can be made of `places` blocks of this
+        side; None if that is not even one."""
         assert self.cutting is not None
-        positions = [self.queued.popleft() for _ in range(count)]
+        if places is not None:
+            if self.cutting.is_whole:
+                count = min(count, places)
+            while count and len(self._sources(list(islice(self.queued, count)))) > places:
+                count -= 1
+            if not count:
+                return None
+        positions = tuple(self.queued.popleft() for _ in range(count))
         if not self.sent:
             self.moved_at = now
         self.sent.update(positions)
+        sources = tuple(self.offered[at] for at in self._sources(positions))
+        return Cut(self, self.round, positions, sources)
+
+    def cut_fence(self) -> Cut:
+        self.fence = False
+        return Cut(self, self.round, (), ())
+
+    def _sources(self, positions: Sequence[int]) -> list[int]:
+        """This side's positions of the blocks that these of the receiver are made of."""
+        assert self.cutting is not None
+        of = [self.cutting.sources(position, self.num_tokens) for position in positions]
+        return list(dict.fromkeys(at for sources in of for at, _ in sources))
+
+    def load(
+        self,
+        cut: Cut,
+        memory: BlockMemory,
+        places: Mapping[int, int],
+        epoch: int,
+        in_place: bool,
+    ) -> Shipment:
+        """The message of a cut, for a receiver of this epoch. `places`: where in `memory` the
+        blocks of its sources are, by position; `in_place`: the receiver reads them there."""
+        assert self.cutting is not None and cut.round == self.round, (cut, self.round)
+        if not cut.positions:
+            return Shipment(self._header((), epoch), ())
         if not self.cutting.is_whole:
-            return self._cut_pieces(positions, self.cutting, memory, epoch, in_place)
+            return self._cut_pieces(cut.positions, self.cutting, memory, places, epoch, in_place)
         runs: list[tuple[int, int]] = []
-        for position in positions:
-            block = self.offered[position].block
+        for position in cut.positions:
+            block = places[position]
             if runs and sum(runs[-1]) == block:
                 runs[-1] = (runs[-1][0], runs[-1][1] + 1)
             else:
                 runs.append((block, 1))
-        self._digest(positions, runs, memory)
-        return Shipment(self._header(positions, epoch), tuple(runs))
+        self._digest(cut.positions, runs, memory)
+        return Shipment(self._header(cut.positions, epoch), tuple(runs))
 
     def _cut_pieces(
         self,
         positions: Sequence[int],
         cutting: Cutting,
         memory: BlockMemory,
+        places: Mapping[int, int],
         epoch: int,
         in_place: bool,
     ) -> Shipment:
@@ -174,7 +218,7 @@ class Outgoing:
         pieces: list[Piece] = []
         for position in positions:
             sources = cutting.sources(position, self.num_tokens)
-            pieces += [Piece(self.offered[at].block, unit) for at, unit in sources]
+            pieces += [Piece(places[at], unit) for at, unit in sources]
             pieces += [Piece(-1, 0)] * (cutting.pieces - len(sources))
         staged, slabs = None, None
         if not in_place:
@@ -199,10 +243,6 @@ class Outgoing:
             if any(position not in self.digests for position in part):
                 run = memory.run(start, count)
                 self.digests.update(zip(part, digest_blocks(run, memory.block_bytes), strict=True))
-
-    def cut_fence(self, epoch: int) -> Shipment:
-        self.fence = False
-        return Shipment(self._header((), epoch), ())
 
     def _header(self, positions: Iterable[int], epoch: int) -> DataHeader:
         assert self.cutting is not None and self.wire is not None

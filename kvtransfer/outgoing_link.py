@@ -13,8 +13,7 @@ from common.errors import ProtocolError
 from common.messages import KvLayoutInfo, Peer
 from kvtransfer.commands import Key
 from kvtransfer.cutting import Cutting
-from kvtransfer.memory import BlockMemory
-from kvtransfer.outgoing import Outgoing, Shipment
+from kvtransfer.outgoing import Cut, Outgoing
 from kvtransfer.protocol import RUN_BLOCKS, RUN_BYTES, Welcome, Wire
 from kvtransfer.timers import Timers
 
@@ -102,23 +101,21 @@ class OutgoingLink:
         if (transfer.queued or transfer.fence) and transfer not in self.ring:
             self.ring.append(transfer)
 
-    def next_shipment(
-        self, memory: BlockMemory, now: float, in_place: bool
-    ) -> tuple[Outgoing, Shipment] | None:
+    def next_cut(self, now: float, places: int | None = None) -> Cut | None:
         """The next data message, round-robin over the transfers: at most RUN_BYTES and what the
-        window leaves."""
+        window leaves, made of at most `places` blocks of this side."""
         for _ in range(len(self.ring) if self.up else 0):
             transfer = self.ring.popleft()
-            shipment = None
+            cut = None
             if transfer.queued:
                 count = min(len(transfer.queued), self._room())
                 if count > 0:
-                    shipment = transfer.cut(count, memory, self.peer.epoch, now, in_place)
+                    cut = transfer.cut(count, now, places)
             elif transfer.fence:
-                shipment = transfer.cut_fence(self.peer.epoch)
+                cut = transfer.cut_fence()
             self.enlist(transfer)
-            if shipment is not None:
-                return transfer, shipment
+            if cut is not None:
+                return cut
         return None
 
     def _room(self) -> int:

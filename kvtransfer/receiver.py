@@ -60,6 +60,8 @@ class Receiver:
         self.identity = identity
         self.data: dict[str, str] = {}
         """Data addresses by transport, for Welcome."""
+        self.window = p.WINDOW_BYTES
+        """What one sender may have under way at most."""
         self.outbox: deque[tuple[bytes, p.ToSender]] = deque()
         self.events: deque[ReceiverEvent] = deque()
         self._block_bytes = block_bytes
@@ -341,7 +343,7 @@ class Receiver:
     def _window(self) -> int:
         """Bytes that each sender may have under way, so that all together stay bounded."""
         senders = sum(1 for source in self._sources if source.transfers)
-        return min(p.WINDOW_BYTES, p.WORKER_WINDOW_BYTES // max(1, senders))
+        return min(self.window, p.WORKER_WINDOW_BYTES // max(1, senders))
 
     def _welcome(self, data: dict[str, str]) -> p.Welcome:
         return p.Welcome(

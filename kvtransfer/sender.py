@@ -12,6 +12,7 @@ others (Fetch): an answer that is no Declined is a Begin, which the receiving ha
 """
 
 from collections import deque
+from collections.abc import Mapping
 from random import Random
 
 from common.messages import Peer
@@ -34,7 +35,7 @@ from kvtransfer.commands import (
 )
 from kvtransfer.identity import EndpointIdentity
 from kvtransfer.memory import BlockMemory
-from kvtransfer.outgoing import Outgoing, Shipment
+from kvtransfer.outgoing import Cut, Outgoing, Shipment
 from kvtransfer.outgoing_link import Asking, OutgoingLink
 from kvtransfer.stats import TransferStats
 from kvtransfer.timers import Timers
@@ -348,16 +349,40 @@ class Sender:
         """The next data message to this peer, round-robin over its transfers; None if nothing
         is queued or the window is full. The caller must send it. `in_place`: to a receiver that
         reads this side's pool itself."""
-        link = self.links.get(peer)
-        cut = link.next_shipment(self._memory, now, in_place) if link is not None else None
-        if link is None or cut is None:
+        cut = self.next_cut(peer, now)
+        if cut is None:
             return None
-        transfer, shipment = cut
-        count = len(shipment.header.blocks)
-        self._stats.blocks_sent += count
+        places = {ref.position: ref.block for ref in cut.sources}
+        shipment = self.load(peer, cut, places, in_place)
+        assert shipment is not None, cut
+        return shipment
+
+    def next_cut(self, peer: Peer, now: float, places: int | None = None) -> Cut | None:
+        """The first half of `next_shipment`, for blocks that are copied before they are sent, to
+        at most `places` places. Its blocks count as sent."""
+        link = self.links.get(peer)
+        cut = link.next_cut(now, places) if link is not None else None
+        if link is not None and cut is not None:
+            self._close(link, cut.transfer, now)
+        return cut
+
+    def load(
+        self, peer: Peer, cut: Cut, places: Mapping[int, int], in_place: bool = False
+    ) -> Shipment | None:
+        """The second half: the message, with its blocks at `places` (by position) of the memory
+        of this endpoint. None if it is not wanted any more: its transfer ended, or went on to
+        another round."""
+        link = self.links.get(peer)
+        transfer = cut.transfer
+        if link is None or not link.up or link.transfers.get(transfer.id) is not transfer:
+            return None
+        if cut.round != transfer.round:
+            return None
         assert link.cutting is not None
+        shipment = transfer.load(cut, self._memory, places, peer.epoch, in_place)
+        count = len(cut.positions)
+        self._stats.blocks_sent += count
         self._stats.bytes_sent += count * link.cutting.block_bytes
-        self._close(link, transfer, now)
         return shipment
 
     # ------------------------------------------------------------ helpers

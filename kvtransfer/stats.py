@@ -41,3 +41,6 @@ class TransferStats:
     """Receivers that this endpoint holds a connection to."""
     links_over: Counter[str] = field(default_factory=Counter)
     """Data connections to receivers at this moment, by the transport that was chosen."""
+    slots: int = 0
+    """Host slots that blocks go through where transports cannot reach the pool."""
+    slots_taken: int = 0

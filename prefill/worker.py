@@ -5,7 +5,6 @@ from queue import SimpleQueue
 from common import log
 from common.config import WorkerConfig
 from common.curve import CurveKeys
-from common.errors import ConfigError
 from common.kv.blocks import BlockManager
 from common.model.worker import open_worker
 from common.startup import quit_on_signals, serve, worker_name
@@ -21,13 +20,11 @@ def main(config: WorkerConfig) -> int:
     log.setup(config, "prefill", name)
     worker = open_worker(config, "prefill", name)
     info = worker.info
-    if worker.pool.tensor.device.type != "cpu":
-        raise ConfigError("KV blocks can only be shipped from CPU memory: use --device cpu")
     inbox: SimpleQueue[object] = SimpleQueue()
     identity = EndpointIdentity(info.id, info.epoch, info.content_id, info.layout)
     endpoint = Endpoint(
         identity,
-        worker.pool,
+        worker.memory,
         inbox,
         config,
         config.worker_host,

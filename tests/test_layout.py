@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "deploy": {"common", "kvtransfer", "prefill", "decode", "router", "benchmarks", "deploy"},
 }
 TORCH_PACKAGES = ("common.model", "prefill", "decode", "benchmarks")
-TORCH_MODULES = ("common.kv.pool",)
+TORCH_MODULES = ("common.kv.pool", "common.kv.stage")
 TORCH_SCRIPTS = ("deploy.demo",)
 """Beside the packages that compute: the pool, and what is never part of a serving process."""
 FORBIDDEN = ("pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "joblib")

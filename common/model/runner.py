@@ -57,7 +57,8 @@ class ModelRunner:
     def step(self, rows: Sequence[Row]) -> list[tuple[Sampled, ...]]:
         """Compute all rows; per row, one `Sampled` per entry of `row.samples`.
 
-        The KV of every row's tokens is in its blocks afterwards; no slot may be written twice.
+        The KV of every row's tokens is in its blocks when this returns, on a GPU too: transfers
+        copy it on other streams. No slot may be written twice.
         """
         if not rows:
             return []
@@ -71,7 +72,14 @@ class ModelRunner:
         for i, row in enumerate(rows):
             if row.scoring is not None:
                 results[i] = self._score(row)
+        self._wait()
         return results
+
+    def _wait(self) -> None:
+        """Until the GPU did all that it was asked for; nothing on a CPU."""
+        device = self.pool.tensor.device
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
 
     def _compute(self, rows: Sequence[Row]) -> list[tuple[Sampled, ...]]:
         if not rows:
@@ -117,5 +125,7 @@ class ModelRunner:
         return drawn
 
     def copy_block(self, source: int, target: int) -> None:
-        """Copy all of a block: a partial tail that a fork goes on writing."""
+        """Copy all of a block: a partial tail that a fork goes on writing. When this returns
+        either may be freed, and then be written on another stream."""
         self.pool.tensor[target].copy_(self.pool.tensor[source])
+        self._wait()

@@ -18,6 +18,7 @@ from common.identity import content_id, text_id
 from common.kv.layout import KvLayout
 from common.kv.memory import free_memory_bytes, num_blocks_for, parse_memory
 from common.kv.pool import KvPool
+from common.kv.stage import KvStage
 from common.messages import WorkerInfo
 from common.metrics import WorkerMetrics
 from common.model.guides import Guides
@@ -42,6 +43,8 @@ class Worker:
 
     runner: ModelRunner
     pool: KvPool
+    memory: KvPool | KvStage
+    """What transports send from and receive into: the pool, or slots before it."""
     limits: Limits
     info: WorkerInfo
     """Without addresses."""
@@ -101,7 +104,11 @@ def open_worker(config: WorkerConfig, role: str, name: str) -> Worker:
     )
     guides = Guides(loaded.directory, spec.vocab_size, spec.eos_token_ids)
     runner = ModelRunner(spec, loaded.weights, pool, guides=guides)
-    return Worker(runner, pool, limits, info, WorkerMetrics(role))
+    memory: KvPool | KvStage = pool
+    if device.type != "cpu" or config.stage_kv:
+        memory = KvStage(pool, parse_memory(config.stage_memory))
+        log.info("KV blocks go through %d slots of host memory", memory.num_slots)
+    return Worker(runner, pool, memory, limits, info, WorkerMetrics(role))
 
 
 def choose_device(name: str) -> torch.device:

@@ -11,11 +11,14 @@ from common.messages import KvLayoutInfo, Peer
 from kvtransfer.commands import BlockRef, Close, First, Grant, Key, Offer, Open, Slot, Wanted
 from kvtransfer.endpoint import Endpoint, TransferEvent
 from tests.kvtransfer.pool import BLOCK_SIZE, LAYOUT, BytePool, identity
+from tests.kvtransfer.slow_device import StagedPool
 
 E = TypeVar("E")
 FIRST = (First(0, 17, None),)
 TRANSPORT = "auto"
 """Of a node that is not given one; the fixture `transport` sets it."""
+NUM_SLOTS = 0
+"""Slots before the pool of such a node; 0: its pool is in host memory."""
 TIMERS = TimerConfig(heartbeat_s=0.3, dead_after=4, lease_s=2.0, stall_s=1.0)
 PATIENT = TimerConfig(heartbeat_s=1.0, dead_after=10, lease_s=15.0, stall_s=10.0)
 """For tests in which nothing may be given up, however busy the machine is."""
@@ -58,10 +61,11 @@ class Node:
         self.id, self.epoch = id, epoch
         self.transport = transport or TRANSPORT
         self.pool = BytePool(num_blocks, block_bytes)
+        self.stage = StagedPool(self.pool, NUM_SLOTS) if NUM_SLOTS else None
         self.events = EventQueue()
         self.endpoint = Endpoint(
             identity(id, epoch, layout),
-            self.pool,
+            self.stage or self.pool,
             self.events,
             timers,
             "127.0.0.1",
@@ -110,3 +114,7 @@ async def running(*nodes: Node) -> AsyncIterator[None]:
     finally:
         for node in nodes:
             await node.endpoint.close()
+            if node.stage is not None:
+                node.stage.close()
+                stats = node.endpoint.stats()
+                assert stats.slots == NUM_SLOTS and not stats.slots_taken, stats

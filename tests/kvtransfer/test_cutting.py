@@ -121,9 +121,11 @@ async def test_a_flipped_bit_is_found_and_sent_again(
         """The sender's pool changes between header and copy."""
         flip = next(flips, False)
         at = pieces[0].block * cutting.source_bytes + pieces[0].unit * cutting.piece_bytes + 3
-        p.pool.memory[at] ^= flip
+        shared = (p.stage or p.pool).shared
+        assert shared is not None
+        shared.blocks[at] ^= flip
         digests = gather_blocks(cutting, pool, address, pieces, slabs)
-        p.pool.memory[at] ^= flip
+        shared.blocks[at] ^= flip
         return digests
 
     ucx_memory_of = ucx_transport.memory_of

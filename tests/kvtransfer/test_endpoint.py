@@ -221,9 +221,8 @@ async def test_both_directions_at_once() -> None:
         b.offer(Key(2, 1), [1])
         a.finish(Key(1, 1))
         b.finish(Key(2, 1))
-        await b.events.next(Arrived)
-        await a.events.next(Delivered | Arrived)  # type: ignore[arg-type]
-        await a.events.next(Delivered | Arrived)  # type: ignore[arg-type]
+        for node in (a, a, b, b):
+            await node.events.next(Delivered | Arrived)  # type: ignore[arg-type]
         assert (b.pool.read(20), a.pool.read(20)) == content
 
 

@@ -95,7 +95,9 @@ class DecodeGraphs:
         logits = forward(step)
         result = best_tokens(logits), logits
         # What the capture allocates is new memory: the results of this eager step stay as they are.
-        with torch.cuda.graph(graph.graph, pool=self._memory):
+        # Only this thread is bound by the rules of a capture: another one copies KV blocks.
+        mode = "thread_local"
+        with torch.cuda.graph(graph.graph, pool=self._memory, capture_error_mode=mode):
             graph.logits = forward(step)
             graph.best = best_tokens(graph.logits)
         self._graphs[bucket] = graph
