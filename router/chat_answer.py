@@ -12,7 +12,8 @@ from typing import Any, ClassVar, Final
 from common.messages import TokenLogprob
 from router.answer import Answer, Options, Tally, event
 from router.request import Delta, Request
-from router.speech import Format, Piece, Speech, join
+from router.said import Format, Piece, join
+from router.speech import Speech
 from router.token_text import TokenText
 
 _ID_CHARS: Final = string.ascii_letters + string.digits

@@ -23,10 +23,10 @@ from router.fleet import Limits
 from router.grammars import Grammars
 from router.prompts import Prompt, chat_prompt, completion_prompts, too_long
 from router.request import Choice, Request, TextRule
+from router.said import MARKERS, THINK, Format, detect, may_think
 from router.sampling import reseeded, sampling_params
 from router.schemas import ChatBody, CompletionBody, SamplingBody
 from router.service import Service
-from router.speech import MARKERS, THINK, Format, detect, may_think
 from router.text_api import TextApi
 from router.token_text import TokenText
 from router.tokenizer import TextModel

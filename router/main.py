@@ -35,11 +35,11 @@ from router.intake import Intake
 from router.keys import Keys
 from router.membership import Membership, content_ids
 from router.metrics import RouterMetrics
+from router.said import FORMATS, Format
 from router.server import Server, Tls, http_config, listen
 from router.service import Service
 from router.shared_keys import SharedKeys
 from router.slo import STEP_S, Slo, parse
-from router.speech import FORMATS, Format
 from router.tokenizer import TextModel, locate
 from router.waiting import Bounds
 

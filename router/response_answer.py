@@ -15,7 +15,7 @@ from router.answer import Options
 from router.chat_answer import ChatAnswer, Manner
 from router.request import Delta, Request
 from router.response_items import Event, Items
-from router.speech import Piece
+from router.said import Piece
 from router.token_text import TokenText
 
 _encode = msgspec.json.Encoder().encode

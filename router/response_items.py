@@ -1,6 +1,6 @@
 """The output of a response, item by item: reasoning, messages, calls of functions.
 
-`Items` takes what a chat says (`router.speech.Piece`) and answers with the events that say so to a
+`Items` takes what a chat says (`router.said.Piece`) and answers with the events that say so to a
 client; `output` is what came of it so far. Owned by `router.response_answer`.
 """
 

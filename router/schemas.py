@@ -34,6 +34,8 @@ MAX_PROMPT_TOKENS: Final = 2**20
 """Token ids in one call; the context of the model decides below this."""
 MAX_COUNT: Final = 2**31 - 1
 """Of counts of tokens; the context of the model decides below this."""
+MAX_ALLOWED: Final = 2**18
+"""Of `allowed_token_ids`: the largest vocabularies have about so many."""
 MAX_BAD_WORDS: Final = 128
 MAX_DOCUMENTS: Final = 128
 _INT64: Final = 2**63
@@ -47,7 +49,7 @@ _StopIds = Annotated[list[_Token], Field(fail_fast=True), at_most("stop")]
 _Logprobs = Annotated[int, Field(ge=0), no_more("logprobs")]
 _Bias = Annotated[float, Field(ge=-100, le=100)]
 _Biases = Annotated[dict[str, _Bias], at_most("logit_bias")]
-_Allowed = Annotated[list[_Token], Field(min_length=1, fail_fast=True), at_most(MAX_PROMPT_TOKENS)]
+_Allowed = Annotated[list[_Token], Field(min_length=1, fail_fast=True), at_most(MAX_ALLOWED)]
 _LogprobIds = Annotated[list[_Token], Field(fail_fast=True), at_most("logit_bias")]
 _BadWords = Annotated[list[_Stop], Field(fail_fast=True), at_most(MAX_BAD_WORDS)]
 

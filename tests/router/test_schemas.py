@@ -75,6 +75,13 @@ CAPS: list[tuple[type[SamplingBody], Any, int]] = [
     (CompletionBody, lambda n: {"prompt": [1] * n}, schemas.MAX_PROMPT_TOKENS),
     (CompletionBody, lambda n: {"prompt": "x", "stop": ["x"] * n}, DEFAULT.stop),
     (CompletionBody, lambda n: {"prompt": "x", "stop_token_ids": [1] * n}, DEFAULT.stop),
+    (CompletionBody, lambda n: {"prompt": "x", "allowed_token_ids": [1] * n}, schemas.MAX_ALLOWED),
+    (CompletionBody, lambda n: {"prompt": "x", "bad_words": ["x"] * n}, schemas.MAX_BAD_WORDS),
+    (
+        CompletionBody,
+        lambda n: {"prompt": "x", "logprobs": 0, "logprob_token_ids": [1] * n},
+        DEFAULT.logit_bias,
+    ),
     (
         CompletionBody,
         lambda n: {"prompt": "x", "logit_bias": {str(i): 1 for i in range(n)}},

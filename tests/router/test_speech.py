@@ -5,7 +5,8 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.speech import Format, Said, Speech, detect, join, may_think
+from router.said import Format, Said, detect, join, may_think
+from router.speech import Speech
 
 CASES: list[tuple[Format, dict[str, Any], str, Said]] = [
     (
