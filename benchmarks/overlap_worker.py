@@ -6,41 +6,32 @@ The first line of its output is its WorkerInfo, the last one, after SIGTERM, its
 JSON. All times are of the monotonic clock, which all processes of a machine share.
 """
 
-import asyncio
 import signal
 import sys
-import threading
 from collections.abc import Sequence
-from concurrent.futures import Future
+from dataclasses import replace
 from queue import SimpleQueue
-from random import SystemRandom
 from time import monotonic
 from types import FrameType
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
 from common.config import WorkerConfig
 from common.engine import Runner
-from common.events import Crashed, Drain, Fence, Fenced, FromRouter, Outgoing, Send, Ship, Status
+from common.events import Drain
+from common.host import Host
 from common.kv.blocks import BlockManager
-from common.link import WorkerLink
 from common.loop import run
-from common.messages import Ping, Pong, WorkerInfo
 from common.model.batch import Row, Sampled
 from common.model.worker import open_worker
 from common.parent import die_with_parent
 from decode.engine import DecodeEngine
-from kvtransfer.endpoint import Endpoint, Inbox
-from kvtransfer.identity import EndpointIdentity
+from kvtransfer.endpoint import Endpoint
 from kvtransfer.incoming import Landing
-from kvtransfer.intake import Intake
-from kvtransfer.memory import BlockMemory
-from kvtransfer.receiver import Receiver
+from kvtransfer.opening import open_endpoint
 from prefill.engine import PrefillEngine
 
-PROGRESS_S: Final = 0.25
-"""Between two words to the receivers about how far the engine is."""
 ENGINES: Final = {"prefill": PrefillEngine, "decode": DecodeEngine}
 
 
@@ -62,6 +53,8 @@ class Arrival(msgspec.Struct, frozen=True, array_like=True):
 class Diary(msgspec.Struct):
     steps: list[EngineStep] = msgspec.field(default_factory=list)
     arrivals: list[Arrival] = msgspec.field(default_factory=list)
+    exposed_ms: float = 0.0
+    """Of each transfer, after the last chunk."""
 
 
 class WatchedRunner:
@@ -82,137 +75,19 @@ class WatchedRunner:
         self._runner.copy_block(source, target)
 
 
-class WatchedReceiver(Receiver):
-    """Writes down which blocks landed when."""
+def watch_arrivals(endpoint: Endpoint, diary: Diary) -> None:
+    """Write down which blocks land when."""
+    receiver = endpoint._receiver
+    landed = receiver.landed
 
-    diary: Diary
-
-    def landed(self, landing: Landing, digests: Sequence[int | None], now: float) -> None:
-        before = self._stats.blocks_received
-        super().landed(landing, digests, now)
-        if count := self._stats.blocks_received - before:
+    def watched(landing: Landing, digests: Sequence[int | None], now: float) -> None:
+        before = endpoint._stats.blocks_received
+        landed(landing, digests, now)
+        if count := endpoint._stats.blocks_received - before:
             request = landing.transfer.key.request
-            self.diary.arrivals.append(Arrival(monotonic(), request, count))
+            diary.arrivals.append(Arrival(monotonic(), request, count))
 
-
-class WatchedEndpoint(Endpoint):
-    def __init__(
-        self,
-        identity: EndpointIdentity,
-        memory: BlockMemory,
-        inbox: Inbox,
-        config: WorkerConfig,
-        diary: Diary,
-    ) -> None:
-        super().__init__(identity, memory, inbox, config, config.worker_host, config.transport)
-        random = SystemRandom()
-        receiver = WatchedReceiver(identity, memory.block_bytes, self._timers, self._stats, random)
-        receiver.diary = diary
-        self._receiver = receiver
-        self._intake = Intake(receiver, memory, self._stats)
-
-
-class Io:
-    """The I/O thread: what `common.host` does, but for registry and metrics."""
-
-    def __init__(
-        self,
-        config: WorkerConfig,
-        info: WorkerInfo,
-        endpoint: Endpoint,
-        inbox: "SimpleQueue[object]",
-    ) -> None:
-        self.status = Status()
-        self._config = config
-        self._info = info
-        self._endpoint = endpoint
-        self._inbox = inbox
-        self._ready: Future[tuple[WorkerInfo, asyncio.AbstractEventLoop]] = Future()
-        self._thread = threading.Thread(target=self._main, name="io", daemon=True)
-
-    def start(self) -> WorkerInfo:
-        """Returns the complete description of this worker. Raises ConfigError."""
-        self._thread.start()
-        info, self._loop = self._ready.result()
-        return info
-
-    def post(self, items: list[Outgoing]) -> None:
-        self._loop.call_soon_threadsafe(self._dispatch, items)
-
-    def stop(self) -> None:
-        self._loop.call_soon_threadsafe(self._stopping.set)
-        self._thread.join()
-
-    def _main(self) -> None:
-        try:
-            asyncio.run(self._serve())
-        except BaseException as error:
-            if self._ready.done():
-                self._inbox.put(Crashed(error))
-            else:
-                self._ready.set_exception(error)
-
-    async def _serve(self) -> None:
-        self._stopping = asyncio.Event()
-        self._link = WorkerLink(self._config.worker_host, self._config)
-        await self._link.start()
-        await self._endpoint.start()
-        info = msgspec.structs.replace(
-            self._info, address=self._link.address, kv_address=self._endpoint.address
-        )
-        self._link.set_info(info)
-        loops = (self._read_routers(), self._tick(), self._endpoint.failed())
-        tasks: list[asyncio.Future[Any]] = [asyncio.ensure_future(loop) for loop in loops]
-        stopping: asyncio.Future[Any] = asyncio.ensure_future(self._stopping.wait())
-        self._ready.set_result((info, asyncio.get_running_loop()))
-        try:
-            await asyncio.wait([stopping, *tasks], return_when=asyncio.FIRST_COMPLETED)
-            for task in tasks:
-                if task.done():
-                    task.result()
-        finally:
-            for task in (stopping, *tasks):
-                task.cancel()
-            await asyncio.gather(stopping, *tasks, return_exceptions=True)
-            await self._endpoint.close()
-            await self._link.close()
-
-    async def _read_routers(self) -> None:
-        while True:
-            router, message = await self._link.receive()
-            if not isinstance(message, Ping):
-                self._inbox.put(FromRouter(router, message, monotonic()))
-                continue
-            status = self.status
-            pong = Pong(
-                seq=message.seq,
-                epoch=self._info.epoch,
-                steps=status.steps,
-                load=status.load,
-                busy=status.busy,
-                state=status.state,
-                costs=status.costs,
-            )
-            self._link.send(router, pong)
-
-    async def _tick(self) -> None:
-        while True:
-            await asyncio.sleep(PROGRESS_S)
-            self._show_progress()
-
-    def _dispatch(self, items: list[Outgoing]) -> None:
-        for item in items:
-            match item:
-                case Send(router, message):
-                    self._link.send(router, message)
-                case Ship(command):
-                    self._endpoint.command(command)
-                case Fence(attempt):
-                    self._inbox.put(Fenced(attempt))
-        self._show_progress()
-
-    def _show_progress(self) -> None:
-        self._endpoint.set_progress(self.status.steps, self.status.step_s)
+    receiver.landed = watched  # type: ignore[method-assign]
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -231,13 +106,13 @@ def main(arguments: Sequence[str]) -> None:
     worker.pool.tensor.zero_()  # all pages are there, as in a worker of some age
     info, diary = worker.info, Diary()
     inbox: SimpleQueue[object] = SimpleQueue()
-    identity = EndpointIdentity(info.id, info.epoch, info.content_id, info.layout)
-    endpoint = WatchedEndpoint(identity, worker.pool, inbox, config, diary)
+    endpoint = open_endpoint(config, info, worker.memory, inbox)
+    watch_arrivals(endpoint, diary)
     blocks = BlockManager(worker.pool.num_blocks, worker.pool.generations)
     runner = WatchedRunner(worker.runner, diary)
     engine = ENGINES[role](runner, blocks, worker.limits, worker.metrics)
-    io = Io(config, info, endpoint, inbox)
-    info = io.start()
+    host = Host(replace(config, redis=None), info, endpoint, inbox, worker.metrics)
+    info = host.start()
 
     def drain(signum: int, frame: FrameType | None) -> None:
         inbox.put(Drain(0.0))
@@ -246,9 +121,11 @@ def main(arguments: Sequence[str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ours is whoever started us to end
     print(msgspec.json.encode(info).decode(), flush=True)
     try:
-        run(engine, inbox, io)
+        run(engine, inbox, host)
     finally:
-        io.stop()
+        host.stop()
+    stats = endpoint.stats()
+    diary.exposed_ms = stats.exposed_s / max(1, stats.delivered) * 1e3
     print(msgspec.json.encode(diary).decode(), flush=True)
 
 

@@ -87,8 +87,8 @@ class Host:
         inbox: "SimpleQueue[object]",
         metrics: WorkerMetrics,
     ) -> None:
-        """`info` lacks the addresses, which are known once the sockets are bound."""
-        assert config.redis is not None
+        """`info` lacks the addresses, which are known once the sockets are bound. Without a
+        `config.redis` the worker is in no directory: whoever started it knows it."""
         self.status = Status()
         """Written by the engine thread: one reference, always a whole Status."""
         self._config = config
@@ -147,7 +147,8 @@ class Host:
             self._stopping.set()
         self._failure = self._loop.create_future()
         self._loop.set_exception_handler(self._crash)
-        await check_redis(self._redis)
+        if self._redis is not None:
+            await check_redis(self._redis)
         async with AsyncExitStack() as closing:
             keys = CurveKeys.load(self._config)
             self._link = WorkerLink(self._config.worker_host, self._config, keys)
@@ -165,26 +166,21 @@ class Host:
                 curve_key="" if keys is None else keys.public.decode(),
             )
             self._link.set_info(self._info)
-            config = self._config
-            self._registration = Registration(
-                self._redis, config.namespace, config.registry_ttl_s, self._info
-            )
             self._ticked_at = time.monotonic()
-            loops: list[asyncio.Future[Any]] = [
-                asyncio.ensure_future(loop)
-                for loop in (
-                    self._read_routers(),
-                    self._tick(),
-                    self._endpoint.failed(),
-                    self._registration.run(),
-                    self._failure,
+            running = [self._read_routers(), self._tick(), self._endpoint.failed(), self._failure]
+            if self._redis is not None:
+                config = self._config
+                self._registration = Registration(
+                    self._redis, config.namespace, config.registry_ttl_s, self._info
                 )
-            ]
+                running.append(self._registration.run())
+            loops: list[asyncio.Future[Any]] = [asyncio.ensure_future(loop) for loop in running]
             self._ready.set_result(self._info)
             try:
                 await self._until_stopped(loops)
                 self._tell_routers(Leaving(done=True))
-                await self._registration.leave()
+                if self._registration is not None:
+                    await self._registration.leave()
             finally:
                 for task in loops:
                     task.cancel()
@@ -257,7 +253,6 @@ class Host:
         self._endpoint.reset(self._info.epoch)
 
     def _dispatch(self, items: list[Outgoing]) -> None:
-        assert self._registration is not None
         for item in items:
             match item:
                 case Send(router, message):
@@ -266,15 +261,16 @@ class Host:
                     self._endpoint.command(command)
                 case Fence(attempt):
                     self._inbox.put(Fenced(attempt))
-                case Publish(stored, evicted):
+                case Publish(stored, evicted) if self._registration is not None:
                     self._registration.publish(stored, evicted)
-                case Announce(hashes):
+                case Announce(hashes) if self._registration is not None:
                     self._registration.replace(self._info, hashes)
                 case Draining():
                     self._info = replace(self._info, state="draining")
                     self._link.set_info(self._info)
                     self._monitor.state = "draining"
-                    self._registration.set_state("draining")
+                    if self._registration is not None:
+                        self._registration.set_state("draining")
                     self._tell_routers(Leaving(done=False))
         self._show_progress()
 

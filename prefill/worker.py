@@ -4,12 +4,10 @@ from queue import SimpleQueue
 
 from common import log
 from common.config import WorkerConfig
-from common.curve import CurveKeys
 from common.kv.blocks import BlockManager
 from common.model.worker import open_worker
 from common.startup import quit_on_signals, serve, worker_name
-from kvtransfer.endpoint import Endpoint
-from kvtransfer.identity import EndpointIdentity
+from kvtransfer.opening import open_endpoint
 from prefill.engine import PrefillEngine
 
 
@@ -21,16 +19,7 @@ def main(config: WorkerConfig) -> int:
     worker = open_worker(config, "prefill", name)
     info = worker.info
     inbox: SimpleQueue[object] = SimpleQueue()
-    identity = EndpointIdentity(info.id, info.epoch, info.content_id, info.layout)
-    endpoint = Endpoint(
-        identity,
-        worker.memory,
-        inbox,
-        config,
-        config.worker_host,
-        config.transport,
-        CurveKeys.load(config),
-    )
+    endpoint = open_endpoint(config, info, worker.memory, inbox)
     blocks = BlockManager(worker.pool.num_blocks, worker.pool.generations)
     engine = PrefillEngine(worker.runner, blocks, worker.limits, worker.metrics)
     return serve(config, info, engine, endpoint, inbox)

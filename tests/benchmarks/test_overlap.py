@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from benchmarks import overlap
-from benchmarks.overlap import Measured, Plan, Stream, Turn, figures
+from benchmarks.overlap_client import Plan
+from benchmarks.overlap_figures import Measured, Stream, Turn, figures, report
 from benchmarks.overlap_worker import Arrival, Diary, EngineStep
 from common import random_model
 
@@ -22,12 +23,13 @@ async def test_a_tiny_run_gives_every_figure(tmp_path: Path) -> None:
         kv_blocks=1024,
     )
     found = await overlap.measure(plan)
-    for gaps in (found["idle"], found["busy"]):
+    for gaps in (found["idle"], found["paced"], found["busy"]):
         assert gaps["gap_ms_max"] >= gaps["gap_ms_p50"] >= 0 and gaps["itl_ms"] >= 0
     assert 0 <= found["held"]["share_when_last_chunk_starts"] <= 1
-    assert found["prefill"]["shipped_s"] > 0 and found["steps"]["gbps"] > 0
-    assert found["steps"]["with"]["steps"] > 0 < found["steps"]["without"]["steps"]
-    assert len(overlap.report(found).splitlines()) == 5
+    assert found["prefill"]["shipped_s"] > 0 and found["exposed_ms"] > 0
+    for steps in found["steps"].values():
+        assert steps["with"]["steps"] > 0 < steps["without"]["steps"] and steps["mbps"] > 0
+    assert len(report(found).splitlines()) == 7
 
 
 def test_figures() -> None:
@@ -45,18 +47,39 @@ def test_figures() -> None:
         steps=[
             EngineStep(20.0, 20.01, 2, 2),
             EngineStep(20.1, 20.5, 2, 40),  # the streams' prompts
+            EngineStep(20.6, 20.8, 1, 1),  # not all streams
             EngineStep(21.0, 21.02, 2, 2),
         ],
         arrivals=[Arrival(12.2, 2, 32), Arrival(12.3, 9, 5), Arrival(12.6, 2, 16),
                   Arrival(14.0, 2, 16)],
     )  # fmt: skip
+    prefill.exposed_ms = 2.5
+    quiet, loaded = Turn(19.9, 20.9, 0.0), Turn(20.9, 21.9, 1.5)
     found = figures(
-        Measured([alone], [shipped], [shipped], [Turn(19.9, 20.9, 0.0)], [Turn(20.9, 21.9, 1.5)]),
+        Measured(
+            alone=[alone],
+            idle=[shipped],
+            paced=[shipped],
+            paced_rate=0.8,
+            busy=[shipped],
+            quiet=[quiet],
+            flooded=[loaded],
+            unshipped=[quiet],
+            shipped=[loaded],
+        ),
         prefill,
         decode,
+        num_streams=2,
     )
+    steps = {
+        "mbps": 1500.0,
+        "without": {"p50_ms": 10.0, "p99_ms": 10.0, "steps": 1},
+        "with": {"p50_ms": 20.0, "p99_ms": 20.0, "steps": 1},
+        "p99_ratio": 2.0,
+    }
     assert found == {
         "idle": found["busy"],
+        "paced": found["busy"] | {"decode_rate": 0.8},
         "busy": {
             "itl_ms": 40.0,
             "gap_ms_p50": 70.0,
@@ -70,10 +93,6 @@ def test_figures() -> None:
             "last_chunk_ms": 1000.0,
         },
         "prefill": {"alone_s": 2.0, "shipped_s": 2.5, "ratio": 1.25},
-        "steps": {
-            "gbps": 1.5,
-            "without": {"p50_ms": 10.0, "p99_ms": 10.0, "steps": 1},
-            "with": {"p50_ms": 20.0, "p99_ms": 20.0, "steps": 1},
-            "p99_ratio": 2.0,
-        },
+        "exposed_ms": 2.5,
+        "steps": {"flood": found["steps"]["worker"], "worker": steps},
     }

@@ -60,7 +60,8 @@ async def test_killed_fetcher(way: str, role: str, volume: Volume) -> None:
     steps = chosen(FETCHER, way, volume)
     async with fleet(way, seed=6) as workers:
         await workers.birth("prefill")
-        owner = await workers.birth("decode")
+        # Leases of the dead last a while: half a pool may be given away at a time.
+        owner = await workers.birth("decode", num_blocks=256)
         for step in steps:
             fetcher = await workers.birth(role, die_at=step)
             talk = await workers.converse(owner)
