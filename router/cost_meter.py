@@ -50,6 +50,11 @@ class Peers:
             self.fit = CostFit(self._told)
 
     @property
+    def said(self) -> CostModel:
+        """What they measured themselves, step by step, as far as they told."""
+        return self._told
+
+    @property
     def own_prompts(self) -> CostModel:
         """What prompts cost that they compute beside their decode rows, which no router sees."""
         if self._knows_prompts or self._prefills is None:
@@ -105,6 +110,11 @@ class CostMeter:
             return peers
         ratio = own.prefill(_PROMPT) / peers.prefill(_PROMPT)
         return own if not 1 / UNLIKE < ratio < UNLIKE else peers
+
+    @property
+    def said(self) -> CostModel:
+        """What workers of this kind say of their steps, without what a router adds to them."""
+        return self._peers.said
 
     def told(self, costs: Costs) -> None:
         """What the worker measured of itself."""

@@ -1,5 +1,6 @@
 """What the router and its workers hold, for operators and tests: `/debug/...`."""
 
+from dataclasses import asdict
 from typing import Any, Final
 
 import msgspec
@@ -15,7 +16,7 @@ _SUMMED: Final = (
 
 
 def workers(service: Service) -> dict[str, Any]:
-    """The live workers: who they are and how loaded."""
+    """The live workers: who they are, how loaded, and what their like say that steps cost."""
     return {
         "workers": [
             {
@@ -28,6 +29,10 @@ def workers(service: Service) -> dict[str, Any]:
                 "model": member.info.model,
                 "num_blocks": member.info.num_blocks,
                 "block_size": member.info.layout.block_size,
+                "token_bytes": member.info.layout.token_bytes,
+                "max_num_seqs": member.info.max_num_seqs,
+                "max_num_batched_tokens": member.info.max_num_batched_tokens,
+                "costs": asdict(member.meter.said),
                 "load": {
                     "running": member.load.running,
                     "waiting": member.load.waiting,

@@ -398,6 +398,7 @@ async def test_models_version_and_debug(deploy: Deploy) -> None:
             (worker.info.id, worker.info.role, worker.info.epoch, "ready")
             for worker in served.workers
         }
+        assert all(row["costs"]["step_s"] > 0 and row["token_bytes"] > 0 for row in rows)
         report = (await served.http.get("/debug/ledger")).json()
         assert report["workers"].keys() == {"prefill-0", "decode-0"}
         assert report["total"] == {
