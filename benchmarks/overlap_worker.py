@@ -18,7 +18,7 @@ from typing import Final
 import msgspec
 
 from common.config import WorkerConfig
-from common.engine import Runner
+from common.engine import Launched, Runner
 from common.events import Drain
 from common.host import Host
 from common.kv.blocks import BlockManager
@@ -63,6 +63,14 @@ class WatchedRunner:
     def __init__(self, runner: Runner, diary: Diary) -> None:
         self._runner = runner
         self._diary = diary
+
+    @property
+    def overlaps(self) -> bool:
+        """Each step is to be watched from its begin to its end."""
+        return False
+
+    def launch(self, rows: Sequence[Row]) -> Launched:
+        return self._runner.launch(rows)
 
     def step(self, rows: Sequence[Row]) -> list[tuple[Sampled, ...]]:
         begin = monotonic()

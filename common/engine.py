@@ -17,6 +17,7 @@ from common.events import (
     Crashed,
     Drain,
     Draining,
+    Fenced,
     FromRouter,
     Outgoing,
     Publish,
@@ -48,8 +49,26 @@ TOMBSTONE_S = 60.0
 log = logging.getLogger("tandem.engine")
 
 
+class Launched(Protocol):
+    """A step under way on a device."""
+
+    def collect(self) -> list[tuple[Sampled, ...]]:
+        """Wait for it; gives what `Runner.step` gives."""
+        ...
+
+
 class Runner(Protocol):
     """The model (`common.model.runner.ModelRunner`)."""
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether a step is computed elsewhere, so that its caller may do something else
+        meanwhile."""
+        ...
+
+    def launch(self, rows: Sequence[Row]) -> Launched:
+        """Begin a step; it must be collected before the next one is begun."""
+        ...
 
     def step(self, rows: Sequence[Row]) -> list[tuple[Sampled, ...]]: ...
 
@@ -187,6 +206,24 @@ class Engine(ABC):
         self.steps += 1
         self.metrics.steps.inc()
         return results
+
+    def launch(self, batch: list[Chunk]) -> Launched:
+        """Begin to compute a batch. Until it was collected only events that are `harmless` may be
+        taken: the step reads and writes the blocks of its sequences."""
+        return self.runner.launch([chunk.sequence.row(chunk.count) for chunk in batch])
+
+    def collect(self, launched: Launched) -> list[tuple[Sampled, ...]]:
+        results = launched.collect()
+        self.steps += 1
+        self.metrics.steps.inc()
+        return results
+
+    def harmless(self, event: object) -> bool:
+        """Whether an event ends no attempt that may be part of the step under way."""
+        match event:
+            case FromRouter(_, Prefill() | Admit() | Inspect()) | Fenced():
+                return True
+        return False
 
     def flush(self) -> list[Outgoing]:
         """Everything to be said since the last call; the outputs of one router in one Step."""

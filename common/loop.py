@@ -2,6 +2,9 @@
 
     take -> next_batch -> step -> settle
 
+On a device of its own (`Runner.overlaps`) a step only has to be begun before the rest of the turn
+is done: what the last one brought is sent, and events are taken that cannot touch the step.
+
 Called by `prefill.worker` and `decode.worker` after everything is started.
 """
 
@@ -47,6 +50,9 @@ def run(engine: Engine, inbox: "SimpleQueue[object]", carrier: Carrier) -> None:
         if engine.done:
             break
         batch = engine.next_batch()
+        overlaps = bool(batch) and engine.runner.overlaps
+        started = monotonic()
+        launched = engine.launch(batch) if overlaps else None
         status = engine.status(busy=bool(batch))
         carrier.status = replace(status, step_s=LONGER * longest_s, costs=meter.costs)
         items = engine.flush()
@@ -55,14 +61,21 @@ def run(engine: Engine, inbox: "SimpleQueue[object]", carrier: Carrier) -> None:
         engine.metrics.show(carrier.status.load, engine.blocks.ledger())
         if batch:
             checked = False
-            started = monotonic()
-            results = engine.step(batch)
+            held: list[object] = []
+            if launched is not None:
+                held = take_harmless(engine, inbox)
+                results = engine.collect(launched)
+            else:
+                started = monotonic()
+                results = engine.step(batch)
             engine.now = monotonic()
             took_s = engine.now - started
             longest_s = max(took_s, FORGET * longest_s)
             engine.metrics.step_seconds.observe(took_s)
             meter.saw(batch, took_s)
             engine.settle(batch, results)
+            for event in held:
+                engine.take(event, monotonic())
             continue
         deadline = engine.deadline()
         wait_s = QUIET_S if deadline is None else min(QUIET_S, max(0.0, deadline - monotonic()))
@@ -86,3 +99,16 @@ def take_all(engine: Engine, inbox: "SimpleQueue[object]", timeout: float) -> bo
     except Empty:
         engine.expire(monotonic())
     return taken
+
+
+def take_harmless(engine: Engine, inbox: "SimpleQueue[object]") -> list[object]:
+    """Hand events of the inbox to the engine while a step is under way, up to the first one that
+    has to wait for its end: that one is returned, those behind it stay where they are."""
+    try:
+        while True:
+            event = inbox.get_nowait()
+            if not engine.harmless(event):
+                return [event]
+            engine.take(event, monotonic())
+    except Empty:
+        return []

@@ -164,6 +164,11 @@ class FetchingEngine(Engine):
             else:
                 self._revoke(attempt, fetching)
 
+    def harmless(self, event: object) -> bool:
+        # Of these, what ends an attempt ends one whose KV was on its way: it is in no step.
+        transfers = Arrived | Declined | Delivered | Requested | Returned | Ticketed | Wanted
+        return isinstance(event, transfers) or super().harmless(event)
+
     def take_exchange(self, event: object) -> bool:
         """Handle an event of a fetch; False if it is of something else."""
         match event:

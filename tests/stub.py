@@ -7,6 +7,7 @@ assert. The token drawn depends on (seed, choice, position) only.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 
 from common.kv.blocks import BlockManager
@@ -64,8 +65,21 @@ def stamp(before: bytes, token: int) -> bytes:
     return blake2b(before + token.to_bytes(4, "little"), digest_size=STAMP_BYTES).digest()
 
 
+@dataclass(frozen=True)
+class Stepped:
+    """A step that the stub was asked for, and that it computes when it is collected."""
+
+    runner: "StubRunner"
+    rows: Sequence[Row]
+
+    def collect(self) -> list[tuple[Sampled, ...]]:
+        return self.runner.step(self.rows)
+
+
 class StubRunner:
     """Satisfies `common.engine.Runner`."""
+
+    overlaps = False
 
     def __init__(self, pool: StubPool) -> None:
         self.pool = pool
@@ -78,6 +92,9 @@ class StubRunner:
         for row in rows:
             self._write(row, written)
         return [tuple(self._sample(row, sample) for sample in row.samples) for row in rows]
+
+    def launch(self, rows: Sequence[Row]) -> "Stepped":
+        return Stepped(self, rows)
 
     def copy_block(self, source: int, target: int) -> None:
         self.pool.slab(target)[:] = self.pool.slab(source)

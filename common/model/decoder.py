@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import torch
 
@@ -48,6 +49,35 @@ class Decoder(Protocol):
         token for each (meaningless where not greedy), and the logits of the others in their order,
         [others, vocab] float32, which the caller may overwrite.
         """
+        ...
+
+
+class LaunchedRows(Protocol):
+    """Rows that are being computed."""
+
+    def collect(self) -> tuple[list[int], torch.Tensor]:
+        """Wait for them; gives what `Decoder.compute` gives."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """Rows that are computed already."""
+
+    result: tuple[list[int], torch.Tensor]
+
+    def collect(self) -> tuple[list[int], torch.Tensor]:
+        return self.result
+
+
+@runtime_checkable
+class Launching(Decoder, Protocol):
+    """A decoder whose device computes while its caller does something else."""
+
+    def launch(
+        self, rows: Sequence[Row], sampling: Sequence[int], greedy: Sequence[bool]
+    ) -> LaunchedRows:
+        """Begin what `compute` does. It must be collected before the next call."""
         ...
 
 

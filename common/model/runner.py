@@ -5,13 +5,14 @@ prefill chunks, decode steps and mixed batches are the same call.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import torch
 
 from common.kv.pool import KvPool
 from common.model.batch import Row, Sample, Sampled
-from common.model.decoder import Kernels, open_decoder
+from common.model.decoder import Computed, Kernels, LaunchedRows, Launching, open_decoder
 from common.model.guides import Guides
 from common.model.sampler import Sampler, score
 from common.model.spec import ModelSpec
@@ -19,6 +20,32 @@ from common.model.weights import Weights
 
 SCORED_AT_ONCE: Final = 64
 """Tokens whose logits are held at a time while a prompt is scored."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Computing:
+    """Rows that the decoder computes: which are looked at, and how."""
+
+    sampling: list[int]
+    greedy: list[bool]
+    launched: LaunchedRows
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchedStep:
+    """A step that was begun."""
+
+    runner: "ModelRunner"
+    rows: Sequence[Row]
+    plain: Sequence[int]
+    """Rows that are not scored."""
+    computing: _Computing | None
+
+    @torch.inference_mode()
+    def collect(self) -> list[tuple[Sampled, ...]]:
+        """Wait for it; gives what `ModelRunner.step` gives. Rows that are scored are computed
+        here."""
+        return self.runner.finish(self.rows, self.plain, self.computing)
 
 
 class ModelRunner:
@@ -60,15 +87,32 @@ class ModelRunner:
         The KV of every row's tokens is in its blocks when this returns, on a GPU too: transfers
         copy it on other streams. No slot may be written twice.
         """
-        if not rows:
-            return []
+        return self.launch(rows).collect()
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether a GPU computes a step while the caller of `launch` does something else."""
+        return self.pool.tensor.device.type == "cuda" and isinstance(self._decoder, Launching)
+
+    @torch.inference_mode()
+    def launch(self, rows: Sequence[Row]) -> "LaunchedStep":
+        """Begin a step; see `step`. Where nothing `overlaps` it is over when this returns, but
+        for the draws. It must be collected before the next one is begun."""
         for row in rows:
             held = len(row.blocks) * self.pool.layout.block_size
             assert row.tokens and row.start + len(row.tokens) <= held, (row.start, held)
         plain = [i for i, row in enumerate(rows) if row.scoring is None]
+        return LaunchedStep(self, rows, plain, self._launch([rows[i] for i in plain]))
+
+    def finish(
+        self, rows: Sequence[Row], plain: Sequence[int], computing: "_Computing | None"
+    ) -> list[tuple[Sampled, ...]]:
+        """The second half of a step: for `LaunchedStep` alone."""
         results: list[tuple[Sampled, ...]] = [()] * len(rows)
-        for i, sampled in zip(plain, self._compute([rows[i] for i in plain]), strict=True):
-            results[i] = sampled
+        if computing is not None:
+            drawn = self._draw([rows[i] for i in plain], computing)
+            for i, sampled in zip(plain, drawn, strict=True):
+                results[i] = sampled
         for i, row in enumerate(rows):
             if row.scoring is not None:
                 results[i] = self._score(row)
@@ -81,12 +125,21 @@ class ModelRunner:
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()
 
-    def _compute(self, rows: Sequence[Row]) -> list[tuple[Sampled, ...]]:
+    def _launch(self, rows: Sequence[Row]) -> "_Computing | None":
         if not rows:
-            return []
+            return None
         sampling = [i for i, row in enumerate(rows) if row.samples]
         greedy = [all(map(self._sampler.takes_best, rows[i].samples)) for i in sampling]
-        best, logits = self._decoder.compute(rows, sampling, greedy)
+        launched: LaunchedRows
+        if isinstance(self._decoder, Launching):
+            launched = self._decoder.launch(rows, sampling, greedy)
+        else:
+            launched = Computed(self._decoder.compute(rows, sampling, greedy))
+        return _Computing(sampling, greedy, launched)
+
+    def _draw(self, rows: Sequence[Row], computing: "_Computing") -> list[tuple[Sampled, ...]]:
+        sampling, greedy = computing.sampling, computing.greedy
+        best, logits = computing.launched.collect()
         others = [i for i, enough in zip(sampling, greedy, strict=True) if not enough]
         drawn = iter(
             self._sampler.draw(

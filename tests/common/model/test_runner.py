@@ -160,6 +160,9 @@ def test_choices_of_one_row_and_rows_without_samples(
         [[alone]] = runner.step([Row(prompt[19:], 19, [1, 2], (sample,))])
         assert alone.token == sampled.token
     assert runner.step([]) == []
+    assert not runner.overlaps
+    row = Row(prompt[19:], 19, [1, 2], (sample,))
+    assert runner.launch([row]).collect() == [(alone,)]
 
 
 def test_a_fork_writes_its_own_copy_of_the_tail(
