@@ -37,6 +37,7 @@ from router.index import BlockIndex
 
 MODEL: Final = ROOT / "deploy" / "demo" / "model"
 GAPS_MS: Final = (0, 20)
+ANSWER_S: Final = 60.0
 BODY: Final = json.dumps(
     {"model": "demo", "prompt": "A list in Python is a sequence of values. " * 8, "max_tokens": 32,
      "temperature": 0, "stream": True, "ignore_eos": True}
@@ -71,16 +72,17 @@ class Target:
 
 
 async def one_request(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> float:
-    """Seconds to the first event of the answer, which is read to its end."""
-    start = time.perf_counter()
-    writer.write(REQUEST)
-    head = await reader.readuntil(b"\r\n\r\n")
-    if b" 200 " not in head.split(b"\r\n", 1)[0]:
-        raise RuntimeError(f"the router answered {head.splitlines()[0]!r}")
-    await reader.readuntil(b"\n\n")
-    first_s = time.perf_counter() - start
-    await reader.readuntil(b"0\r\n\r\n")
-    return first_s
+    """Seconds to the first event of the answer, which is read to its end. Raises TimeoutError."""
+    async with asyncio.timeout(ANSWER_S):
+        start = time.perf_counter()
+        writer.write(REQUEST)
+        head = await reader.readuntil(b"\r\n\r\n")
+        if b" 200 " not in head.split(b"\r\n", 1)[0]:
+            raise RuntimeError(f"the router answered {head.splitlines()[0]!r}")
+        await reader.readuntil(b"\n\n")
+        first_s = time.perf_counter() - start
+        await reader.readuntil(b"0\r\n\r\n")
+        return first_s
 
 
 async def load(port: int, clients: int, count: int) -> tuple[list[float], float]:
@@ -128,15 +130,19 @@ class Bench:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def start(self, *argv: str) -> "subprocess.Popen[str]":
-        process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    def start(self, *argv: str, is_heard: bool = False) -> "subprocess.Popen[str]":
+        """`is_heard`: its output is read; else it has none, for a full pipe stops who writes."""
+        out = subprocess.PIPE if is_heard else subprocess.DEVNULL
+        process = subprocess.Popen(argv, stdout=out, text=True, cwd=ROOT)
         self._stack.enter_context(process)  # closes its pipe and waits for it
         self._stack.callback(process.kill)
         return process
 
     def stub(self, *arguments: str) -> tuple[int, "subprocess.Popen[str]"]:
         """(port, process) of one of `benchmarks.router_stub`, when it is ready."""
-        process = self.start(sys.executable, "-m", "benchmarks.router_stub", *arguments)
+        process = self.start(
+            sys.executable, "-m", "benchmarks.router_stub", *arguments, is_heard=True
+        )
         assert process.stdout is not None
         return int(process.stdout.readline()), process
 
@@ -168,7 +174,10 @@ class Bench:
             python = VENVS / name / "bin" / "python"
             if python.exists():
                 port = free_port()
-                more = ("--worker-urls", url, "--host", "127.0.0.1", "--port", str(port))
+                more = (
+                    "--worker-urls", url, "--host", "127.0.0.1", "--port", str(port),
+                    "--prometheus-port", str(free_port()), "--log-level", "warn",
+                )  # fmt: skip
                 process = self.start(str(python), "-m", *flags, *more)
                 result.append(Target(name, port, psutil.Process(process.pid)))
         for target in result:

@@ -7,10 +7,10 @@ the line: whatever the worker was doing for this router is lost then, so there i
 resume. What lies unread in the socket is delivered before the Down.
 """
 
+import asyncio
 import errno
 import logging
 import secrets
-import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -76,7 +76,7 @@ class Down:
 LinkEvent = Up | Message | Down
 
 
-def limit(socket: zmq.asyncio.Socket, heartbeat_s: float, timeout_s: float) -> None:
+def limit(socket: zmq.Socket[Any], heartbeat_s: float, timeout_s: float) -> None:
     """Options of both ends: bounded queues and messages, nothing kept on close, and ZMTP
     heartbeats, so that a peer without power or network is noticed as well."""
     socket.setsockopt(zmq.LINGER, 0)
@@ -98,11 +98,62 @@ def try_send(socket: zmq.asyncio.Socket, frames: Sequence[bytes]) -> bool:
     raise error
 
 
-async def _try_receive(socket: zmq.asyncio.Socket) -> list[bytes] | None:
+def _try_receive(socket: zmq.SyncSocket) -> list[bytes] | None:
     try:
-        return await socket.recv_multipart(zmq.NOBLOCK)
+        return socket.recv_multipart(zmq.NOBLOCK)
     except zmq.Again:
         return None
+
+
+class _Bell:
+    """Tells a task that there may be something to read in a socket.
+
+    The descriptor of a ZMQ socket speaks up once per change, and not again before somebody looked
+    at the socket: whoever looks for another reason (a send does) must call `look`. Many times
+    cheaper per message than the futures of `zmq.asyncio`.
+    """
+
+    def __init__(self, sockets: Sequence[zmq.SyncSocket]) -> None:
+        self._sockets = sockets
+        self._rung = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self.is_due = False
+        """The time that `wake_in` named is over."""
+        for socket in sockets:
+            self._loop.add_reader(socket.FD, self._on_change, socket)
+
+    def close(self) -> None:
+        self.wake_in(None)
+        for socket in self._sockets:
+            self._loop.remove_reader(socket.FD)
+
+    def look(self, socket: zmq.SyncSocket) -> None:
+        if int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            self._rung.set()
+
+    def ring(self) -> None:
+        self._rung.set()
+
+    def wake_in(self, seconds: float | None) -> None:
+        """Be due after this time, instead of the one that was named before; None: never."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self.is_due = False
+        self._timer = None if seconds is None else self._loop.call_later(seconds, self._on_time)
+
+    async def wait(self) -> None:
+        """For one task: until it rang since the last call."""
+        await self._rung.wait()
+        self._rung.clear()
+
+    def _on_time(self) -> None:
+        self.is_due = True
+        self._rung.set()
+
+    def _on_change(self, socket: zmq.SyncSocket) -> None:
+        socket.getsockopt(zmq.EVENTS)  # looked at: else the descriptor would go on speaking
+        self._rung.set()
 
 
 class Line:
@@ -110,7 +161,7 @@ class Line:
 
     def __init__(
         self,
-        context: zmq.asyncio.Context,
+        context: "zmq.Context[zmq.SyncSocket]",
         router: str,
         info: WorkerInfo,
         timers: TimerConfig,
@@ -138,7 +189,9 @@ class Line:
         self._socket.setsockopt(zmq.IDENTITY, identity)
         if not self._objection:
             caller.prepare(self._socket)
-        self._monitor: zmq.asyncio.Socket = self._socket.get_monitor_socket(
+        self._bell: _Bell | None = None
+        """There while `events` runs."""
+        self._monitor: zmq.SyncSocket = self._socket.get_monitor_socket(
             zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_DISCONNECTED
         )
 
@@ -149,7 +202,14 @@ class Line:
 
     def send(self, message: ToWorker) -> bool:
         """False if the worker's queue is full."""
-        return try_send(self._socket, [encode(message)])
+        try:
+            self._socket.send(encode(message), zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        finally:
+            if self._bell is not None:
+                self._bell.look(self._socket)
+        return True
 
     async def events(self) -> AsyncGenerator[LinkEvent, None]:
         """Up, then Messages, then one Down; or only a Down. Nothing while it cannot connect."""
@@ -162,17 +222,23 @@ class Line:
             log.warning("worker %s: bad address %r: %s", self.info.id, self.info.address, error)
             yield self._refuse("address")
             return
-        poller = zmq.asyncio.Poller()
-        poller.register(self._socket, zmq.POLLIN)
-        poller.register(self._monitor, zmq.POLLIN)
-        tick = time.monotonic() + self._timers.heartbeat_s
+        self._bell = _Bell((self._socket, self._monitor))
+        try:
+            async for event in self._follow(self._bell):
+                yield event
+        finally:
+            self._bell.close()
+            self._bell = None
+
+    async def _follow(self, bell: _Bell) -> AsyncGenerator[LinkEvent, None]:
+        bell.wake_in(self._timers.heartbeat_s)
         while True:
-            await poller.poll(max(0.0, tick - time.monotonic()) * 1000)
-            lost = await self._read_monitor() and self.up
+            await bell.wait()
+            lost = self._read_monitor() and self.up
             if self._objection:
                 yield self._refuse_key()
                 return
-            for message in await self._unread(everything=lost):
+            for message in self._unread(bell, everything=lost):
                 event = self._take(message)
                 if event is not None:
                     yield event
@@ -181,18 +247,18 @@ class Line:
             if lost:
                 yield self._down("closed")
                 return
-            if time.monotonic() >= tick:
+            if bell.is_due:
                 # Unread answers were taken above, so a pause of the router blames nobody.
-                tick = time.monotonic() + self._timers.heartbeat_s
+                bell.wake_in(self._timers.heartbeat_s)
                 trouble = self._beat()
                 if trouble:
                     yield self._down(trouble)
                     return
 
-    async def _read_monitor(self) -> bool:
+    def _read_monitor(self) -> bool:
         """Greets after each handshake; True if a connection was lost."""
         lost = False
-        while (frames := await _try_receive(self._monitor)) is not None:
+        while (frames := _try_receive(self._monitor)) is not None:
             event = parse_monitor_message(frames)["event"]
             self._greeted = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
             if self._greeted:
@@ -203,10 +269,10 @@ class Line:
                 lost = True
         return lost
 
-    async def _unread(self, everything: bool) -> list[ToRouter]:
+    def _unread(self, bell: _Bell, everything: bool) -> list[ToRouter]:
         messages: list[ToRouter] = []
         for _ in range(QUEUE if everything else DRAIN):
-            frames = await _try_receive(self._socket)
+            frames = _try_receive(self._socket)
             if frames is None:
                 break
             try:
@@ -216,6 +282,8 @@ class Line:
             except ProtocolError as error:
                 self.malformed += 1
                 log.debug("dropped a message from worker %s: %s", self.info.id, error)
+        else:
+            bell.ring()  # there may be more
         if messages:
             self._unanswered = 0
         return messages

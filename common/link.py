@@ -167,7 +167,7 @@ class RouterLink:
         self._router = router
         self._timers = timers
         self._keys = keys
-        self._context = zmq.asyncio.Context()
+        self._context = zmq.Context()
         self._lines: dict[str, Line] = {}
         self._tasks: dict[Line, asyncio.Task[None]] = {}
         self._events: asyncio.Queue[LinkEvent] = asyncio.Queue()

@@ -8,7 +8,7 @@ and `router.response_answer`.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 from uuid import uuid4
 
 import msgspec
@@ -21,6 +21,8 @@ from router.token_text import TokenText
 
 DONE = b"data: [DONE]\n\n"
 _encode = msgspec.json.Encoder().encode
+_MARK: Final = "\ue000text\ue001"
+"""Stands for the text of a chunk; of private characters, so that no name or id is like it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +62,8 @@ class Tally:
     finish: str | None = None
     stop_reason: str | int | None = None
     chunks: int = 0
+    frame: tuple[bytes, bytes] | None = None
+    """What stands before and after the text in its chunks, where they differ in nothing else."""
 
 
 def event(value: object) -> bytes:
@@ -94,9 +98,10 @@ class Answer:
         tally = self._tallies[delta.choice]
         tally.text.append(delta.text)
         tally.tokens.extend(delta.tokens)
-        if self._options.logprobs is not None:
-            tally.logprobs.extend(delta.logprobs)
-        tally.score += sum(entry.logprob for entry in delta.logprobs)
+        if delta.logprobs:
+            if self._options.logprobs is not None:
+                tally.logprobs.extend(delta.logprobs)
+            tally.score += sum(entry.logprob for entry in delta.logprobs)
         if delta.finish:
             assert tally.finish is None, f"choice {delta.choice} finished twice"
             tally.finish = delta.finish
@@ -109,6 +114,9 @@ class Answer:
     def chunk(self, delta: Delta) -> bytes:
         """The event of a delta that was just taken."""
         tally = self._tallies[delta.choice]
+        if tally.frame is not None and not delta.finish:
+            tally.chunks += 1
+            return tally.frame[0] + _encode(delta.text) + tally.frame[1]
         value = self._envelope(self.object_chunk, [self._chunk_choice(delta, tally)])
         tally.chunks += 1
         if self._options.continuous_usage:
@@ -116,7 +124,24 @@ class Answer:
             value["usage"] = self._counts(prompt, len(tally.tokens), tally.request.cached_tokens)
         elif self._options.include_usage:
             value["usage"] = None
+        if tally.chunks == 1 and self._has_frames:
+            tally.frame = self._frame(delta, tally)
         return event(value)
+
+    @property
+    def _has_frames(self) -> bool:
+        """Chunks between the first and the last of a choice differ in their text alone."""
+        options = self._options
+        return options.logprobs is None and not (options.continuous_usage or options.token_ids)
+
+    def _frame(self, delta: Delta, tally: Tally) -> tuple[bytes, bytes]:
+        """What stands before and after the text in such a chunk."""
+        marked = Delta(delta.choice, _MARK, (), (), "", None)
+        value = self._envelope(self.object_chunk, [self._chunk_choice(marked, tally)])
+        if self._options.include_usage:
+            value["usage"] = None
+        before, after = event(value).split(_encode(_MARK))
+        return before, after
 
     def closing(self) -> bytes:
         """Events after the last delta: usage if it was asked for, and the end."""

@@ -56,6 +56,10 @@ class ChatAnswer(Answer):
         """Of the delta that was taken last."""
         self._call_ids: list[list[str]] = [[] for _ in range(self.num_choices)]
 
+    @property
+    def _has_frames(self) -> bool:
+        return self._manner.is_plain and super()._has_frames
+
     def take(self, delta: Delta) -> None:
         super().take(delta)
         if self._manner.is_plain:

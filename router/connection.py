@@ -1,7 +1,7 @@
 """One HTTP connection: uvicorn's, with bounds on what a client may send and leave unread.
 
 uvicorn limits neither headers nor the time that a write may take. Made by uvicorn for every
-connection of `router.server`; `abort` is called by `router.reply`.
+connection of `router.server`; `abort` and `Outlet` are for `router.reply`.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import uvicorn
 from starlette.types import Scope
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from common.errors import RequestError
 from router import errors
@@ -26,7 +26,27 @@ _OURS: Final = "tandem.connection"
 
 def abort(scope: Scope) -> None:
     """End the connection of a call at once; what was not sent is dropped."""
-    scope["extensions"][_OURS]["transport"].abort()
+    scope["extensions"][_OURS]["cycle"].transport.abort()
+
+
+class Outlet:
+    """Where parts of an answer that ASGI's `send` began can be written without it, at once."""
+
+    __slots__ = ("_cycle",)
+
+    def __init__(self, scope: Scope) -> None:
+        self._cycle: RequestResponseCycle = scope["extensions"][_OURS]["cycle"]
+
+    @property
+    def is_open(self) -> bool:
+        """Nothing is to be waited for, nor has the answer or its client come to an end."""
+        cycle = self._cycle
+        over = cycle.response_complete or cycle.disconnected
+        return bool(cycle.chunked_encoding) and not over and not cycle.flow.write_paused
+
+    def write(self, body: bytes) -> None:
+        """A part of the body, as `send` writes it. To be called where `is_open`."""
+        self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
 
 
 class HeadersTooLargeError(Exception):
@@ -90,7 +110,6 @@ class Connection(HttpToolsProtocol):
         super().on_message_begin()
         self._is_silent = False
         self._header_bytes = 0
-        self.scope["extensions"] = {_OURS: {"transport": self.transport}}
 
     def on_url(self, url: bytes) -> None:
         self._count(len(url))
@@ -108,6 +127,8 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
+        # The task that answers begins after this.
+        self.scope["extensions"] = {_OURS: {"cycle": self.cycle}}
         self._is_silent = False
 
     def on_body(self, body: bytes) -> None:

@@ -45,6 +45,8 @@ class Detokenizer:
         self._next_settled = 0
 
     def push(self, tokens: Sequence[int]) -> str:
+        if len(tokens) == 1:
+            return self._push(tokens[0])
         return "".join([self._push(token) for token in tokens])
 
     def flush(self) -> str:

@@ -341,10 +341,11 @@ class Dispatcher:
             attempt.early.append(output)
             return
         self._take(worker, output, request, attempt)
-        early, attempt.early = attempt.early, []
-        for held in early:
-            assert attempt.decode is not None
-            self.take(attempt.decode, held)
+        if attempt.early:
+            early, attempt.early = attempt.early, []
+            for held in early:
+                assert attempt.decode is not None
+                self.take(attempt.decode, held)
 
     def _take(self, worker: str, output: Output, request: Request, attempt: Attempt) -> None:
         if not attempt.prefilled:

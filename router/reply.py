@@ -4,12 +4,15 @@ The route has done authorization, limits and body; from here on nothing stands b
 output and the socket: no validation, no middleware that looks at chunks. Owns the life of the
 call's requests: they are submitted here and, whatever happens, cancelled or over at the end.
 
-Every engine step is a chunk of its own. Only for a client that does not read as fast as tokens
-come, the chunks that came during a write leave in one write; one that is too far behind is left.
+Every engine step is a chunk of its own, and is written in the call that brings it: what begins and
+ends an answer goes through ASGI, what comes between does not. Only for a client that does not read
+as fast as tokens come, the chunks that came during a write leave in one write; one that is too far
+behind is left.
 """
 
 import asyncio
 import logging
+from functools import partial
 from typing import Final
 
 from starlette.responses import Response
@@ -17,10 +20,10 @@ from starlette.types import Receive, Scope, Send
 
 from common.errors import RequestError
 from router import errors
-from router.connection import abort
+from router.connection import Outlet, abort
 from router.intake import Call
 from router.metrics import Usage
-from router.request import Delta
+from router.request import Delta, Event
 from router.service import Service
 
 log = logging.getLogger(__name__)
@@ -41,6 +44,8 @@ class Reply(Response):
         self._service = service
         self._open_choices = call.answer.num_choices
         self.background = None
+        self._bug: Exception | None = None
+        """What went wrong outside the task of this call, which is where it belongs."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         watchers = [asyncio.create_task(self._watch(receive))]
@@ -86,6 +91,7 @@ class Reply(Response):
             await errors.response(item)(scope, receive, send)
             return
         await send({"type": "http.response.start", "status": 200, "headers": _SSE_HEADERS})
+        write_now = partial(self._write_now, Outlet(scope))
         parts = [answer.opening()]
         over = False
         while item is not None and not over:
@@ -102,9 +108,25 @@ class Reply(Response):
                 events.is_writing = True
                 await send({"type": "http.response.body", "body": body, "more_body": not over})
                 events.is_writing = False
+                events.write_now = write_now
                 parts.clear()
             if not over:
                 item = await events.get()
+                if self._bug is not None:
+                    raise self._bug
+
+    def _write_now(self, outlet: Outlet, item: Event | None) -> bool:
+        """The chunk of a token in the midst of an answer; called by whoever puts it in."""
+        if not isinstance(item, Delta) or item.finish or not outlet.is_open:
+            return False
+        try:
+            self._call.answer.take(item)
+            outlet.write(self._call.answer.chunk(item))
+        except Exception as bug:
+            # Whatever one call trips over must not end the others: its own task raises it.
+            self._bug = bug
+            return False
+        return True
 
     def _chunk(self, delta: Delta) -> bytes:
         self._call.answer.take(delta)

@@ -9,6 +9,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from common.blockhash import UNIT, BlockHash, chain, pack_tokens, seed
 from common.errors import RequestError
 from common.messages import Output, TokenLogprob
@@ -28,8 +30,7 @@ class TextRule:
     """Special tokens that are shown nevertheless: marks of tool calls and of reasoning."""
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(msgspec.Struct, frozen=True, gc=False):
     """What one engine step added to one choice."""
 
     choice: int
@@ -100,7 +101,7 @@ class Attempt:
 class Choice:
     """The token log and the text of one choice."""
 
-    __slots__ = ("_detokenizer", "_matcher", "finish", "number", "tokens")
+    __slots__ = ("_detokenizer", "_is_plain", "_matcher", "finish", "number", "tokens")
 
     def __init__(self, number: int, rule: TextRule, text_model: TextModel) -> None:
         self.number = number
@@ -110,6 +111,7 @@ class Choice:
             text_model, skip_special_tokens=rule.skip_special_tokens, visible=rule.visible
         )
         self._matcher = StopMatcher(rule.stop, include=rule.include_stop)
+        self._is_plain = not rule.stop
 
     def extend(
         self, tokens: Sequence[int], finish: str, min_tokens: int, show_end: bool
@@ -120,6 +122,9 @@ class Choice:
         that ended the choice is part of its text.
         """
         text = ""
+        if len(tokens) == 1 and not finish and self._is_plain:  # as most outputs are
+            self.tokens.append(tokens[0])
+            return self._detokenizer.push(tokens), 1, None
         for i, token in enumerate(tokens):
             self.tokens.append(token)
             is_end = finish == "stop" and i == len(tokens) - 1
@@ -254,7 +259,7 @@ class Request:
         known = len(choice.tokens) - output.index
         if known < 0:
             raise ValueError(f"choice {choice.number}: token {len(choice.tokens)} is missing")
-        fresh = output.tokens[known:]
+        fresh = output.tokens[known:] if known else output.tokens
         if not fresh and not output.finish:
             return None
         stop_token = output.stop_token if output.stop_token >= 0 else None
@@ -269,7 +274,7 @@ class Request:
         return Delta(
             self.first_choice + choice.number,
             text,
-            fresh[:num_taken],
+            fresh if num_taken == len(fresh) else fresh[:num_taken],
             logprobs,
             choice.finish,
             matched if matched is not None else stop_token,
