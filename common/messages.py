@@ -212,7 +212,7 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     """1 for the most likely token, of tokens of a prompt; 0: not counted."""
 
 
-class Output(msgspec.Struct, frozen=True, array_like=True):
+class Output(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """New tokens of one choice. `index` is the output index of `tokens[0]` (0 is the first)."""
 
     request: int

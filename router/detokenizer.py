@@ -68,7 +68,7 @@ class Detokenizer:
             held += 1
         if held and len(self._window) > _MAX_WINDOW:
             held = 0
-        settled = text[: len(text) - held]
+        settled = text[: len(text) - held] if held else text
         if not text.startswith(self._shown):
             # A byte that spoils characters already shown: go on after them.
             del self._window[:-1]
@@ -81,12 +81,13 @@ class Detokenizer:
             self._shown = settled
         if held == 0 and new:
             self._settled, self._next_settled = self._next_settled, len(self._window)
-            self._cut()
+            if len(self._window) > _WINDOW:
+                self._cut()
         return new
 
     def _cut(self) -> None:
         """Forget the tokens before the last but one settled place, if the rest stands alone."""
-        if len(self._window) <= _WINDOW or self._settled == 0:
+        if self._settled == 0:
             return
         tail = self._window[self._settled :]
         shown = self._decode(tail)

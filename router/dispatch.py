@@ -337,7 +337,7 @@ class Dispatcher:
             self._metrics.stale.inc()
             self._link.send(worker, Cancel(output.request, output.attempt))
             return
-        if request.awaits_scores(attempt, worker):
+        if not attempt.prefilled and request.awaits_scores(attempt, worker):
             attempt.early.append(output)
             return
         self._take(worker, output, request, attempt)
