@@ -6,7 +6,8 @@ and `sglang_router`, `vllm_router` where they are installed in `.cache/venvs/NAM
 tokens in one burst, and 20 ms apart.
 
 added_ms: first byte of the answer, less that of `direct` in the same turn. cpu_s: of the router
-process, per 1,000 requests. rss_mb: of the router after each part of a long run (`--requests`).
+process, per 1,000 requests. rss_mb: of the router before and after each part of a long run
+(`--requests`). ratios: of CPU, turn by turn.
 index: the directory's memory for a million hashes over 64 workers, and a lookup of 2,500 units.
 """
 
@@ -38,6 +39,14 @@ from router.index import BlockIndex
 MODEL: Final = ROOT / "deploy" / "demo" / "model"
 GAPS_MS: Final = (0, 20)
 ANSWER_S: Final = 60.0
+GOALS: Final = (
+    ("tandem", "sglang_router", "at most 1.5"),
+    ("tandem", "vllm_router", ""),
+    ("fastapi_httpx", "tandem", "at least 4"),
+)
+"""Whose CPU is divided by whose."""
+PART: Final = 20_000
+"""Requests of the memory run between two looks at the router's memory."""
 BODY: Final = json.dumps(
     {"model": "demo", "prompt": "A list in Python is a sequence of values. " * 8, "max_tokens": 32,
      "temperature": 0, "stream": True, "ignore_eos": True}
@@ -60,6 +69,18 @@ class Row:
     added_ms_p99: float
     requests_per_s: float
     cpu_s_per_1000: float
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """CPU of one router over that of another, both in the same turn; `goal` is for 20 ms gaps."""
+
+    of: str
+    gap_ms: int
+    goal: str
+    median: float
+    least: float
+    most: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,18 +251,18 @@ def await_health(target: Target, within_s: float = 60.0) -> None:
 
 async def measure(
     targets: Sequence[Target], gap_ms: int, clients: int, count: int, turns: int
-) -> list[Row]:
+) -> tuple[list[Row], list[Ratio]]:
     """All targets in turns; the first of them is `direct`."""
     first: dict[str, list[list[float]]] = {target.name: [] for target in targets}
     took: dict[str, float] = dict.fromkeys(first, 0.0)
-    cpu: dict[str, float] = dict.fromkeys(first, 0.0)
+    cpu: dict[str, list[float]] = {target.name: [] for target in targets}
     for target in targets:
         await load(target.port, clients, 2 * clients)  # warm
     for _ in range(turns):
         for target in targets:
             before = cpu_s(target.process)
             seconds, all_s = await load(target.port, clients, count)
-            cpu[target.name] += cpu_s(target.process) - before
+            cpu[target.name].append(cpu_s(target.process) - before)
             took[target.name] += all_s
             first[target.name].append(seconds)
     rows = []
@@ -260,18 +281,30 @@ async def measure(
                 statistics.median(p50), statistics.median(p99),
                 statistics.median(a - b for a, b in zip(p50, base50, strict=True)),
                 statistics.median(a - b for a, b in zip(p99, base99, strict=True)),
-                total / took[target.name], 1000 * cpu[target.name] / total,
+                total / took[target.name], 1000 * sum(cpu[target.name]) / total,
             )
         )  # fmt: skip
-    return rows
+    return rows, [
+        Ratio(f"{one} / {other}", gap_ms, goal, *spread(cpu[one], cpu[other]))
+        for one, other, goal in GOALS
+        if one in cpu and other in cpu
+    ]
 
 
-async def memory(target: Target, count: int, parts: int = 8) -> list[float]:
-    """MB of the router after each part of `count` requests."""
+def spread(ones: Sequence[float], others: Sequence[float]) -> tuple[float, float, float]:
+    """(median, least, most) of the quotients turn by turn; none of them needs a quiet machine."""
+    quotients = [one / max(other, 0.01) for one, other in zip(ones, others, strict=True)]
+    return statistics.median(quotients), min(quotients), max(quotients)
+
+
+async def memory(target: Target, count: int) -> list[float]:
+    """MB of the router before and after each part of `count` requests."""
     result = []
-    for _ in range(parts):
-        await load(target.port, 32, count // parts)
+    for part in range(-(-count // PART) + 1):
+        if part:
+            await load(target.port, 32, min(PART, count - (part - 1) * PART))
         result.append(round(target.process.memory_info().rss / 1e6, 1))
+        print(f"{min(part * PART, count):9} requests: {result[-1]:7.1f} MB", flush=True)
     return result
 
 
@@ -310,22 +343,34 @@ def measure_index(num_hashes: int = 1_000_000, workers: int = 64) -> dict[str, f
 
 async def run(clients: int, count: int, turns: int, requests: int) -> dict[str, Any]:
     rows: list[Row] = []
+    ratios: list[Ratio] = []
     rss: list[float] = []
     for gap_ms in GAPS_MS:
         with Bench() as bench:
             targets = bench.targets(gap_ms)
             print(f"{'router':14} {'gap':>4} {'first p50/p99 ms':>18} {'added p50/p99 ms':>18} "
                   f"{'req/s':>8} {'CPU s/1,000':>12}")  # fmt: skip
-            for row in await measure(targets, gap_ms, clients, count, turns):
-                rows.append(row)
+            # Gaps of 20 ms let 50 tokens through per second and client, whoever is measured.
+            some = max(clients, count // 3) if gap_ms else count
+            measured, quotients = await measure(targets, gap_ms, clients, some, turns)
+            rows += measured
+            ratios += quotients
+            for row in measured:
                 print(f"{row.router:14} {row.gap_ms:4} "
                       f"{row.first_ms_p50:9.2f}/{row.first_ms_p99:8.2f} "
                       f"{row.added_ms_p50:9.2f}/{row.added_ms_p99:8.2f} {row.requests_per_s:8.0f} "
                       f"{row.cpu_s_per_1000:12.2f}")  # fmt: skip
+            for ratio in quotients:
+                goal = f"   goal: {ratio.goal}" if gap_ms and ratio.goal else ""
+                print(f"CPU of {ratio.of}: {ratio.median:.2f} "
+                      f"({ratio.least:.2f} to {ratio.most:.2f}){goal}")  # fmt: skip
             if gap_ms == 0 and requests:
                 rss = await memory(targets[1], requests)
-                print("rss_mb", rss)
-    return {"rows": [asdict(row) for row in rows], "rss_mb": rss}
+    return {
+        "rows": [asdict(row) for row in rows],
+        "ratios": [asdict(ratio) for ratio in ratios],
+        "rss_mb": rss,
+    }
 
 
 def main() -> None:

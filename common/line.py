@@ -7,7 +7,6 @@ the line: whatever the worker was doing for this router is lost then, so there i
 resume. What lies unread in the socket is delivered before the Down.
 """
 
-import asyncio
 import errno
 import logging
 import secrets
@@ -20,6 +19,7 @@ import zmq
 import zmq.asyncio
 from zmq.utils.monitor import parse_monitor_message
 
+from common.bell import Bell
 from common.config import TimerConfig
 from common.curve import Caller, CurveKeys
 from common.errors import ProtocolError
@@ -105,57 +105,6 @@ def _try_receive(socket: zmq.SyncSocket) -> list[bytes] | None:
         return None
 
 
-class _Bell:
-    """Tells a task that there may be something to read in a socket.
-
-    The descriptor of a ZMQ socket speaks up once per change, and not again before somebody looked
-    at the socket: whoever looks for another reason (a send does) must call `look`. Many times
-    cheaper per message than the futures of `zmq.asyncio`.
-    """
-
-    def __init__(self, sockets: Sequence[zmq.SyncSocket]) -> None:
-        self._sockets = sockets
-        self._rung = asyncio.Event()
-        self._loop = asyncio.get_running_loop()
-        self._timer: asyncio.TimerHandle | None = None
-        self.is_due = False
-        """The time that `wake_in` named is over."""
-        for socket in sockets:
-            self._loop.add_reader(socket.FD, self._on_change, socket)
-
-    def close(self) -> None:
-        self.wake_in(None)
-        for socket in self._sockets:
-            self._loop.remove_reader(socket.FD)
-
-    def look(self, socket: zmq.SyncSocket) -> None:
-        if int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
-            self._rung.set()
-
-    def ring(self) -> None:
-        self._rung.set()
-
-    def wake_in(self, seconds: float | None) -> None:
-        """Be due after this time, instead of the one that was named before; None: never."""
-        if self._timer is not None:
-            self._timer.cancel()
-        self.is_due = False
-        self._timer = None if seconds is None else self._loop.call_later(seconds, self._on_time)
-
-    async def wait(self) -> None:
-        """For one task: until it rang since the last call."""
-        await self._rung.wait()
-        self._rung.clear()
-
-    def _on_time(self) -> None:
-        self.is_due = True
-        self._rung.set()
-
-    def _on_change(self, socket: zmq.SyncSocket) -> None:
-        socket.getsockopt(zmq.EVENTS)  # looked at: else the descriptor would go on speaking
-        self._rung.set()
-
-
 class Line:
     """`info` is what the registry says until the worker is up, then what it said itself."""
 
@@ -189,7 +138,7 @@ class Line:
         self._socket.setsockopt(zmq.IDENTITY, identity)
         if not self._objection:
             caller.prepare(self._socket)
-        self._bell: _Bell | None = None
+        self._bell: Bell | None = None
         """There while `events` runs."""
         self._monitor: zmq.SyncSocket = self._socket.get_monitor_socket(
             zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_DISCONNECTED
@@ -222,7 +171,7 @@ class Line:
             log.warning("worker %s: bad address %r: %s", self.info.id, self.info.address, error)
             yield self._refuse("address")
             return
-        self._bell = _Bell((self._socket, self._monitor))
+        self._bell = Bell((self._socket, self._monitor))
         try:
             async for event in self._follow(self._bell):
                 yield event
@@ -230,7 +179,7 @@ class Line:
             self._bell.close()
             self._bell = None
 
-    async def _follow(self, bell: _Bell) -> AsyncGenerator[LinkEvent, None]:
+    async def _follow(self, bell: Bell) -> AsyncGenerator[LinkEvent, None]:
         bell.wake_in(self._timers.heartbeat_s)
         while True:
             await bell.wait()
@@ -269,7 +218,7 @@ class Line:
                 lost = True
         return lost
 
-    def _unread(self, bell: _Bell, everything: bool) -> list[ToRouter]:
+    def _unread(self, bell: Bell, everything: bool) -> list[ToRouter]:
         messages: list[ToRouter] = []
         for _ in range(QUEUE if everything else DRAIN):
             frames = _try_receive(self._socket)

@@ -46,7 +46,8 @@ class Outlet:
 
     def write(self, body: bytes) -> None:
         """A part of the body, as `send` writes it. To be called where `is_open`."""
-        self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
+        if body:  # a chunk of nothing would be the end
+            self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
 
 
 class HeadersTooLargeError(Exception):
