@@ -17,6 +17,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Final
@@ -32,6 +33,8 @@ from benchmarks.contenders import Contender, up_command
 
 LARGE: Final = 50_000_000
 """Bytes of the body that is too large."""
+TOP: Final = 5
+"""Logprobs in each answer that nobody reads, so that it is long."""
 PAUSE_S: Final = 0.1
 """Between two bytes of a sender that is slow."""
 START_S: Final = 120.0
@@ -104,7 +107,7 @@ class Crowd:
     async def _read_nothing(self) -> None:
         """A long stream of which only what the socket takes by itself is read."""
         fields = {"prompt": [5], "stream": True, "max_tokens": 1_000, "ignore_eos": True}
-        body = json.dumps(fields | {"logprobs": 5}).encode()
+        body = json.dumps(fields | {"logprobs": TOP}).encode()
         while True:
             with contextlib.suppress(OSError):
                 request = b"POST /v1/completions"
@@ -150,8 +153,9 @@ async def crowded(url: str, idle: int, slow: int, counts: Counter[str]) -> Async
 async def measure(
     target: Target, num_streams: int, seconds: float, num_others: int = 0
 ) -> list[Record]:
-    """Streams in closed loops for at least so long, beside others that only load the workers as
+    """Streams in closed loops for at least so long, beside others that only load the deployment as
     much as those that nobody reads. Raises ConnectionError if one fails."""
+    long = replace(target, extra=target.extra | {"logprobs": TOP})
     records: list[Record] = []
     until = time.perf_counter() + seconds
     async with connect() as session:
@@ -159,7 +163,8 @@ async def measure(
         async def loop(number: int) -> None:
             while time.perf_counter() < until:
                 record = Record(0.0)
-                await send(session, target, target.body([5 + number], 64), record)
+                asked = target if number < num_streams else long
+                await send(session, asked, asked.body([5 + number], 64), record)
                 if not record.ok:
                     raise ConnectionError(record.error)
                 if number < num_streams:
