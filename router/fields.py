@@ -4,6 +4,7 @@
 a list that is too long is refused before anything in it is looked at.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, TypeVar
 
@@ -27,6 +28,8 @@ FOREIGN_PARTS: Final = frozenset(
 )
 """Types of content parts of models that do not only read text."""
 MAX_METADATA: Final = 64
+_INTERNAL_WORDS: Final = re.compile(r"^(Input|String|List|Dictionary) | or instance of \w+")
+"""Of the messages of pydantic, what a client need not know."""
 SHOWN: Final = 64
 """Characters of a client's name for something that an error repeats."""
 
@@ -195,7 +198,7 @@ def explain(error: ValidationError) -> RequestError:
             )
     # Of a union each member complains; together they say what would be right.
     same = [p for p in problems if p["loc"] and p["loc"][0] == name]
-    wanted = dict.fromkeys(p["msg"].removeprefix("Input ") for p in same[:8])
+    wanted = dict.fromkeys(_INTERNAL_WORDS.sub("", p["msg"]) for p in same[:8])
     return RequestError(
         400,
         f"Invalid value for '{name}': input {', or '.join(wanted)}.",

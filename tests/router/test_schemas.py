@@ -151,3 +151,12 @@ def test_free_values_are_not_deep() -> None:
     assert refusal(CompletionBody, {"prompt": "x", "metadata": {"a": deep}}).param == "metadata"
     assert refusal(CompletionBody, {"prompt": deep}).param == "prompt"
     parse(CompletionBody, {"prompt": "x", "metadata": {"a": {"b": ["c"]}}})
+
+
+def test_errors_speak_of_json() -> None:
+    assert refusal(ChatBody, {"messages": [None]}).message == (
+        "Invalid value for 'messages': input should be a valid dictionary."
+    )
+    assert refusal(CompletionBody, {"prompt": "x", "model": "x" * 1_025}).message == (
+        "Invalid value for 'model': input should have at most 1024 characters."
+    )
