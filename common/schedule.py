@@ -152,8 +152,10 @@ def finish_reason(sequence: Sequence, token: int, limits: Limits) -> tuple[str, 
     """Whether `token`, the next one of `sequence`, ends the choice: (reason, stop token id),
     ("", -1) if it goes on."""
     params, num_outputs = sequence.params, sequence.num_outputs + 1
-    if params.grammar and (token < 0 or token in limits.eos_token_ids):
-        return ("grammar" if token < 0 else "stop"), -1
+    if token < 0:  # none may come
+        return "grammar", -1
+    if params.grammar and token in limits.eos_token_ids:
+        return "stop", -1
     if num_outputs > params.min_tokens:
         if token in params.stop_token_ids:
             return "stop", token

@@ -175,10 +175,11 @@ async def check_masks(client: httpx.AsyncClient) -> None:
     for choice in few["choices"]:
         assert len(choice["text"]) == 12 and len(choice["token_ids"]) == 13  # the end, too
         assert set(choice["text"]) <= set("03467")
-    nothing = {**common, **digits, "bad_words": list("0123456789")}
-    response = await client.post("/v1/completions", json=nothing)
-    assert response.status_code == 400, response.text
-    assert response.json()["error"]["code"] == "nothing_allowed"
+    for kind in ({"guided_regex": "[0-9]{12}"}, {}, {"temperature": 0}):
+        nothing = {**common, **digits, "bad_words": list("0123456789"), "guided_regex": None}
+        response = await client.post("/v1/completions", json={**nothing, **kind})
+        assert response.status_code == 400, response.text
+        assert response.json()["error"]["code"] == "nothing_allowed"
     whole = await ask(client, "/v1/completions", **common, logprobs=1, logprob_token_ids=[5, 3, 9])
     assert all(len(top) in (3, 4) for top in whole["choices"][0]["logprobs"]["top_logprobs"])
     chat = {"messages": MESSAGES, "max_tokens": 3, "logprobs": True, "logprob_token_ids": [9, 4]}
