@@ -60,6 +60,7 @@ class Reply(Response):
         finally:
             for watcher in watchers:
                 watcher.cancel()
+            self._call.events.write_now = None  # which holds this reply: no circle is left behind
             self._cancel()
             for request in self._call.requests:
                 if request.next_attempt > 1:  # what no worker got was not served
