@@ -22,12 +22,15 @@ pass in the interpreter; CUDA graphs, CUDA events, CUDA IPC and all figures awai
 """
 
 import argparse
+import gc
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -79,7 +82,7 @@ class _Report:
         self._results: dict[str, Any] = {"notes": []}
 
     def run(self, device: Any, parts: Sequence[str], *, small: bool) -> int:
-        """Returns 1 if a kernel is wrong or a pair's tokens differ."""
+        """Returns 1 if a kernel is wrong, a pair's tokens differ, or a part broke off."""
         import torch
         import triton
 
@@ -96,13 +99,32 @@ class _Report:
         self._write()
         failed = False
         if "checks" in parts:
-            failed |= self._checks(machine, small)
+            failed |= self._try("checks", lambda: self._checks(machine, small))
         if "kernels" in parts:
-            self._kernels(machine, small)
+            failed |= self._try("kernels", lambda: self._kernels(machine, small))
         if "models" in parts or "pair" in parts:
-            failed |= self._models(machine, parts, small)
+            for name in ("tiny",) if small else ("1B", "8B"):
+                model = partial(self._model, name, machine, parts, small)
+                failed |= self._try(f"model {name}", model)
         self._say(f"done in {time.perf_counter() - self._began:.0f} s")
         return int(failed)
+
+    def _try(self, name: str, part: Callable[[], bool]) -> bool:
+        """Run a part, which returns whether something is wrong. One that breaks off is reported
+        and leaves the others their turn and what it wrote."""
+        import torch
+
+        try:
+            return part()
+        except Exception as error:
+            traceback.print_exc()
+            self._note(f"{name} BROKE OFF: {type(error).__name__}: {error}")
+            return True
+        finally:
+            # The next part, and the process beside this one, need the memory.
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
     def _checks(self, machine: Any, small: bool) -> bool:
         from benchmarks.cuda.correctness import check_all
@@ -118,15 +140,20 @@ class _Report:
         self._write()
         return wrong > 0
 
-    def _kernels(self, machine: Any, small: bool) -> None:
+    def _kernels(self, machine: Any, small: bool) -> bool:
         if small:
             self._note("kernels are not timed: they are interpreted")
-            return
+            return False
         from benchmarks.cuda.kernels import time_all
 
         lines = self._results["kernels"] = []
         self._say(f"{'kernel':54} {'us':>9} {'floor':>9} {'share':>6} bound    TB/s  TFLOP/s")
+        broken = False
         for line in time_all(machine):
+            if isinstance(line, str):
+                broken = True
+                self._note(line)
+                continue
             lines.append({**asdict(line), "share": line.share})
             rivals = ", ".join(
                 f"{name} {value:.1f}" if isinstance(value, float) else f"{name}: {value}"
@@ -137,30 +164,23 @@ class _Report:
                 f"{line.bound:7} {line.tb_per_s:5.2f} {line.tflop_per_s:8.0f}  {rivals}"
             )
             self._write()
+        return broken
 
-    def _models(self, machine: Any, parts: Sequence[str], small: bool) -> bool:
-        import gc
-
-        import torch
-
-        lines = self._results["models"] = []
+    def _model(self, name: str, machine: Any, parts: Sequence[str], small: bool) -> bool:
+        lines = self._results.setdefault("models", [])
         self._say(f"{'model':5} {'what':62} {'tokens/s':>9} {'ms':>9} {'share':>6}")
         differ = False
-        for name in ("tiny",) if small else ("1B", "8B"):
-            for result in _measure_model(name, machine, parts, small):
-                if isinstance(result, str):
-                    differ |= "DIFFERENT" in result
-                    self._note(result)
-                    continue
-                lines.append(asdict(result))
-                self._say(
-                    f"{result.model:5} {result.what:62} {result.tokens_per_s:9.0f} "
-                    f"{result.ms:9.2f} {result.share:6.0%}"
-                )
-                self._write()
-            gc.collect()
-            if machine.cuda:
-                torch.cuda.empty_cache()
+        for result in _measure_model(name, machine, parts, small):
+            if isinstance(result, str):
+                differ |= "DIFFERENT" in result
+                self._note(result)
+                continue
+            lines.append(asdict(result))
+            self._say(
+                f"{result.model:5} {result.what:62} {result.tokens_per_s:9.0f} "
+                f"{result.ms:9.2f} {result.share:6.0%}"
+            )
+            self._write()
         return differ
 
     def _note(self, text: str) -> None:
@@ -192,8 +212,10 @@ def _measure_model(name: str, machine: Any, parts: Sequence[str], small: bool) -
         yield from models.measure_mixed(model, *sizes)
     if "pair" in parts:
         missing = [one for one in ("zmq", "msgspec") if not _importable(one)]
-        why = f"{' and '.join(missing)} missing" if missing else "CUDA pools are not staged for it"
+        why = f"{' and '.join(missing)} missing" if missing else "it would go through host memory"
         yield f"1P1D: not over the project's transfer endpoint ({why}): a socket and its own copies"
+        if machine.cuda:
+            machine.free()
         batch, context, prompt, chunk = (2, 60, 100, 64) if small else (32, 1024, 8192, 2048)
         try:
             yield from pair.measure_pair(

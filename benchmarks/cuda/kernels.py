@@ -2,11 +2,13 @@
 
 import importlib.util
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Final
 
 import torch
 from torch.nn.functional import linear as library_linear
 from torch.nn.functional import scaled_dot_product_attention
+from triton.runtime.errors import OutOfResources
 
 from benchmarks.cuda.cases import Attention, Heads, Problem, dense, make_problem
 from benchmarks.cuda.measure import Line, Machine, line, median_s
@@ -24,17 +26,24 @@ LLAMA_1B: Final = Heads(32, 8, 64)
 EPS: Final = 1e-5
 
 
-def time_all(machine: Machine) -> Iterator[Line]:
-    """Every kernel at the sizes of the two models."""
+def time_all(machine: Machine) -> Iterator[Line | str]:
+    """Every kernel at the sizes of the two models; a line of text for one that could not run."""
+    works: list[partial[Iterator[Line]]] = []
     for heads in (LLAMA_8B, LLAMA_1B):
         for batch, context in ((32, 8192), (1, 8192), (128, 2048), (8, 32768)):
-            yield _decode(machine, heads, batch, context)
+            works.append(partial(_decode, machine, heads, batch, context))
         for start, count in ((0, 8192), (6144, 2048), (0, 1024)):
-            yield _prefill(machine, heads, start, count)
-    yield from _rows(machine, 4096, 14336)
-    yield from _rope(machine)
-    yield from _sampling(machine)
-    yield from _linear(machine)
+            works.append(partial(_prefill, machine, heads, start, count))
+    works += [partial(_rows, machine, 4096, 14336), partial(_rope, machine)]
+    works += [partial(_sampling, machine), partial(_linear, machine)]
+    for work in works:
+        try:
+            yield from work()
+        except (RuntimeError, OutOfResources) as error:
+            what = " ".join(str(argument) for argument in work.args[1:])
+            name = work.func.__name__.strip("_")
+            yield f"{name} {what} NOT MEASURED: {str(error).splitlines()[0]}"
+        torch.cuda.empty_cache()
 
 
 def _sets(machine: Machine, num_bytes: int) -> int:
@@ -52,7 +61,7 @@ def _calls(run: Callable[[int], object], number: int) -> list[Callable[[], objec
     return [lambda i=i: run(i) for i in range(number)]  # type: ignore[misc]
 
 
-def _decode(machine: Machine, heads: Heads, batch: int, context: int) -> Line:
+def _decode(machine: Machine, heads: Heads, batch: int, context: int) -> Iterator[Line]:
     problem = _problem(machine, heads, [(context - 1, 1)] * batch)
     shape = tuning_for(machine.device).shape("decode", heads.dim)
     processors = torch.cuda.get_device_properties(machine.device).multi_processor_count
@@ -62,10 +71,10 @@ def _decode(machine: Machine, heads: Heads, batch: int, context: int) -> Line:
     seconds = median_s(_calls(attention.run, layers), machine.device)
     name = f"decode attention {heads}, {batch} rows of {context}"
     rivals = _rivals(machine, problem, causal=False)
-    return line(name, machine, seconds, problem.num_bytes, problem.flops, rivals)
+    yield line(name, machine, seconds, problem.num_bytes, problem.flops, rivals)
 
 
-def _prefill(machine: Machine, heads: Heads, start: int, count: int) -> Line:
+def _prefill(machine: Machine, heads: Heads, start: int, count: int) -> Iterator[Line]:
     problem = _problem(machine, heads, [(start, count)])
     shape = tuning_for(machine.device).shape("prefill", heads.dim)
     attention = Attention(problem, shape, decode=False)
@@ -73,7 +82,7 @@ def _prefill(machine: Machine, heads: Heads, start: int, count: int) -> Line:
     seconds = median_s(_calls(attention.run, layers), machine.device)
     name = f"prefill attention {heads}, {count} after {start}"
     rivals = _rivals(machine, problem, causal=start == 0)
-    return line(name, machine, seconds, problem.num_bytes, problem.flops, rivals)
+    yield line(name, machine, seconds, problem.num_bytes, problem.flops, rivals)
 
 
 def _rivals(machine: Machine, problem: Problem, *, causal: bool) -> dict[str, float | str]:

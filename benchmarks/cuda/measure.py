@@ -30,6 +30,10 @@ class Machine:
     def cuda(self) -> bool:
         return self.device.type == "cuda"
 
+    def free(self) -> None:
+        """Give memory that nobody uses back to the device, for another process."""
+        torch.cuda.empty_cache()
+
 
 @dataclass(frozen=True, slots=True)
 class Line:

@@ -7,6 +7,7 @@ write to it: the kernel sees to that. A generation is raised before its block is
 a reader that finds the same one before and after a copy has copied what was offered.
 """
 
+import contextlib
 import fcntl
 import mmap
 import os
@@ -44,6 +45,7 @@ class SharedBlocks:
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, SEALS | fcntl.F_SEAL_SEAL)
         except (OSError, OverflowError) as error:
             raise OSError(f"cannot share {size:,} bytes: {error}") from error
+        ask_for_huge_pages(memory)
         memory[size - NONCE_BYTES :] = self.nonce
         view = memoryview(memory)
         self.blocks = view[: num_blocks * block_bytes]
@@ -70,6 +72,7 @@ class PeerBlocks:
         self.num_blocks = num_blocks
         self._block_bytes = block_bytes
         self._memory = mmap.mmap(fd, size, prot=mmap.PROT_READ)
+        ask_for_huge_pages(self._memory)
         self.memory = memoryview(self._memory)[: num_blocks * block_bytes]
         """Block after block; they may change at any time."""
         self.address = int(np.frombuffer(self.memory, dtype=np.uint8).ctypes.data)
@@ -90,6 +93,13 @@ class PeerBlocks:
         self.memory.release()
         self._generations.release()
         self._memory.close()
+
+
+def ask_for_huge_pages(memory: mmap.mmap) -> None:
+    """Larger pages where the kernel gives them to those who ask (`shmem_enabled` is `advise`)."""
+    # EINVAL where the kernel has none: the pages stay small.
+    with contextlib.suppress(OSError, AttributeError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
 
 
 def _generations(num_blocks: int, block_bytes: int) -> int:

@@ -59,6 +59,8 @@ class Launched:
         if self.best is not None:
             tokens: list[int] = self.best.tolist()
             best = [tokens[line] for line in self.lines]
+        if not self.full:
+            return best, self.logits.new_empty(0, self.logits.shape[1], dtype=torch.float32)
         wanted = torch.tensor(self.full, dtype=torch.int64).to(self.logits.device)
         return best, self.logits[wanted].float()
 
