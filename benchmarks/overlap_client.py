@@ -25,8 +25,9 @@ IN_FLIGHT: Final = 8
 between two steps only."""
 STREAM_PROMPT: Final = 32
 """Tokens of the prompt of a stream that keeps the decode worker busy."""
+PACED_PROMPT: Final = 2
 PACED_OUTPUTS: Final = 64
-"""Tokens of a stream that comes and goes."""
+"""Tokens of a stream that comes and goes: next to nothing but decode steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +110,7 @@ class Client:
         async def come() -> None:
             nonlocal began
             while True:
-                stream, work = self._begin(STREAM_PROMPT, PACED_OUTPUTS)
+                stream, work = self._begin(PACED_PROMPT, PACED_OUTPUTS)
                 self._link.send(self.workers["decode"].id, Admit(**work))
                 task = asyncio.create_task(self.finished(stream))
                 ongoing.add(task)
