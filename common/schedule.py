@@ -78,7 +78,8 @@ def to_sequence(work: Prefill | Admit, router: bytes, limits: Limits) -> Sequenc
         raise ProtocolError(f"tokens: {error}") from error
     if not 0 < work.prompt_len <= len(tokens):
         raise ProtocolError(f"prompt_len {work.prompt_len} of {len(tokens)} tokens")
-    if len(tokens) > limits.max_model_len:  # one as long as that is scored
+    # A prompt that fills the context is scored: its one output is not shown.
+    if len(tokens) > limits.max_model_len - (work.params.max_tokens > 1):
         raise ProtocolError(f"{len(tokens)} tokens with max_model_len {limits.max_model_len}")
     if min(tokens) < 0 or max(tokens) >= limits.vocab_size:
         raise ProtocolError(f"a token id is outside 0..{limits.vocab_size - 1}")

@@ -521,8 +521,10 @@ def test_bad_work_is_refused() -> None:
     pair.submit(2, prompt_of(64), SamplingParams(max_tokens=5))
     pair.submit(3, prompt_of(10), SamplingParams(max_tokens=5), choices=(1, 1))
     pair.submit(4, prompt_of(10), SamplingParams(max_tokens=5), prompt_len=5)
+    pair.submit(5, prompt_of(65), SamplingParams(max_tokens=1))
+    pair.submit(6, prompt_of(64), SamplingParams(max_tokens=1))
     pair.run()
-    assert pair.failed == {(i, 0): "invalid" for i in range(1, 5)}
+    assert pair.failed == {(i, 0): "invalid" for i in range(1, 6)}
     pair.assert_quiet()
 
 
