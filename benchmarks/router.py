@@ -377,7 +377,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.router", description=__doc__)
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--count", type=int, default=1_000, help="requests per turn and router")
+    parser.add_argument("--count", type=int, default=600, help="requests per turn and router")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--requests", type=int, default=200_000, help="of the memory run")
     parser.add_argument("--quick", action="store_true", help="a few requests: that it works")
