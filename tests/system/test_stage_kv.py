@@ -8,7 +8,7 @@ import signal
 import httpx
 import pytest
 
-from tests.client import complete, http, stream
+from tests.client import Answer, complete, http, stream
 from tests.conftest import MakeCheckpoint
 from tests.parity import assert_greedy_equal
 from tests.system.prompts import tokens
@@ -71,8 +71,9 @@ async def test_aborts_and_a_kill(checkpoint: MakeCheckpoint) -> None:
                 await asyncio.sleep(rng.random() / 20)
                 task.cancel()
             os.kill(served.pid("prefill-0"), signal.SIGKILL)
-            gone = await asyncio.gather(*running[:5], return_exceptions=True)
-            assert all(isinstance(result, asyncio.CancelledError) for result in gone)
+            for result in await asyncio.gather(*running[:5], return_exceptions=True):
+                # One that was quicker than its client's patience has its answer.
+                assert isinstance(result, asyncio.CancelledError | Answer), result
             answers = await asyncio.gather(*running[5:])
             assert [answer.error for answer in answers] == [None] * 3
             for i in range(2):
