@@ -20,7 +20,6 @@ AT_ONCE = 16
 async def test_flipped_bits(way: str, volume: Volume) -> None:
     wanted = volume.of(FLIPS // 3 + 1)
     async with fleet(way, seed=4) as workers:
-        workers.fetching = 0.2
         prefill = await workers.birth("prefill", num_blocks=256)
         decode = await workers.birth("decode", num_blocks=256, flip=FLIP[way])
         await workers.meet(prefill, decode)
