@@ -31,6 +31,8 @@ class Incoming:
     num_blocks: int
     begun_at: float
     """When the sender last asked for a ticket."""
+    is_owed: bool = True
+    """It was not answered yet."""
     state: State = State.WANTED
     slots: dict[int, Slot] = field(default_factory=dict)
     secret: bytes = b""

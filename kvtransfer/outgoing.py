@@ -16,7 +16,12 @@ from kvtransfer.commands import BlockRef, First, Key, Slot
 from kvtransfer.copying import address_of, digest_blocks, gather_blocks
 from kvtransfer.cutting import Cutting, Piece
 from kvtransfer.memory import BlockMemory
-from kvtransfer.protocol import DataBlock, DataHeader, Ticket, Wire
+from kvtransfer.protocol import DataBlock, DataHeader, End, Ticket, Wire
+
+
+MAX_FIRST = 128
+"""First tokens that the header of a data message carries; more, or such with their probabilities,
+have a message of their own, so that the header stays small."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +55,7 @@ class Cut:
     """Of the receiver's blocks."""
     sources: tuple[BlockRef, ...]
     """The blocks of this side that are needed for them."""
+    end: End | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -167,7 +173,18 @@ class Outgoing:
             self.moved_at = now
         self.sent.update(positions)
         sources = tuple(self.offered[at] for at in self._sources(positions))
-        return Cut(self, self.round, positions, sources)
+        end = self._end()
+        if end is not None:
+            self.closed_at = self.moved_at = now
+        return Cut(self, self.round, positions, sources, end)
+
+    def _end(self) -> End | None:
+        """What the message that takes the last blocks of the queue says in place of Close."""
+        if self.first is None or self.queued or len(self.first) > MAX_FIRST:
+            return None
+        if any(first.logprob is not None for first in self.first):
+            return None
+        return End.of(self.first)
 
     def cut_fence(self) -> Cut:
         self.fence = False
@@ -193,7 +210,7 @@ class Outgoing:
         if not cut.positions:
             return Shipment(self._header((), epoch), ())
         if not self.cutting.is_whole:
-            return self._cut_pieces(cut.positions, self.cutting, memory, places, epoch, in_place)
+            return self._cut_pieces(cut, self.cutting, memory, places, epoch, in_place)
         runs: list[tuple[int, int]] = []
         for position in cut.positions:
             block = places[position]
@@ -202,11 +219,11 @@ class Outgoing:
             else:
                 runs.append((block, 1))
         self._digest(cut.positions, runs, memory)
-        return Shipment(self._header(cut.positions, epoch), tuple(runs))
+        return Shipment(self._header(cut.positions, epoch, cut.end), tuple(runs))
 
     def _cut_pieces(
         self,
-        positions: Sequence[int],
+        cut: Cut,
         cutting: Cutting,
         memory: BlockMemory,
         places: Mapping[int, int],
@@ -215,6 +232,7 @@ class Outgoing:
     ) -> Shipment:
         """A shipment of blocks of another size than this side's. They are digested as they are
         put together, or without that where the receiver does it."""
+        positions = cut.positions
         pieces: list[Piece] = []
         for position in positions:
             sources = cutting.sources(position, self.num_tokens)
@@ -231,7 +249,7 @@ class Outgoing:
             for position, digest in zip(positions, digests, strict=True):
                 assert digest is not None
                 self.digests.setdefault(position, digest)
-        return Shipment(self._header(positions, epoch), (), tuple(pieces), staged)
+        return Shipment(self._header(positions, epoch, cut.end), (), tuple(pieces), staged)
 
     def _digest(
         self, positions: Sequence[int], runs: Sequence[tuple[int, int]], memory: BlockMemory
@@ -244,11 +262,13 @@ class Outgoing:
                 run = memory.run(start, count)
                 self.digests.update(zip(part, digest_blocks(run, memory.block_bytes), strict=True))
 
-    def _header(self, positions: Iterable[int], epoch: int) -> DataHeader:
+    def _header(
+        self, positions: Iterable[int], epoch: int, end: End | None = None
+    ) -> DataHeader:
         assert self.cutting is not None and self.wire is not None
         blocks = []
         for position in positions:
             slot, digest = self.wanted[position], self.digests[position]
             fill = self.cutting.fill(position, self.num_tokens)
             blocks.append(DataBlock(position, slot.block, slot.generation, fill, digest))
-        return DataHeader(self.id, self.secret, epoch, self.round, tuple(blocks), self.wire)
+        return DataHeader(self.id, self.secret, epoch, self.round, tuple(blocks), self.wire, end)

@@ -13,12 +13,13 @@ transfer of that key, or answers Declined.
 from typing import Final, NamedTuple, TypeVar
 
 import msgspec
+import xxhash
 
 from common.errors import ProtocolError
 from common.messages import KvLayoutInfo, Peer
 from kvtransfer.commands import First, Key, Slot
 
-VERSION: Final = 2
+VERSION: Final = 3
 SECRET_BYTES: Final = 16
 RUN_BYTES: Final = 4 << 20
 """Payload of one data message at most (one block, if a block is larger)."""
@@ -79,7 +80,8 @@ class Progress(msgspec.Struct, frozen=True, tag="progress"):
 
 
 class Close(msgspec.Struct, frozen=True, tag="close"):
-    """All blocks of this round were sent. Repeated until Ack, Nack or a Ticket."""
+    """All blocks of this round were sent. Repeated until Ack, Nack or a Ticket. Not said at once
+    where the header of the last blocks says it."""
 
     transfer: int
     round: int
@@ -127,7 +129,7 @@ class Refused(msgspec.Struct, frozen=True, tag="refused"):
 
 
 class Waiting(msgspec.Struct, frozen=True, tag="waiting"):
-    """The receiver is alive and has no ticket yet."""
+    """The receiver is alive and has no ticket yet: said where a Begin has no other answer soon."""
 
     transfer: int
 
@@ -198,6 +200,28 @@ class DataBlock(NamedTuple):
     """xxh3_64 of the whole slab as the receiver has it."""
 
 
+class End(msgspec.Struct, frozen=True, array_like=True):
+    """The first tokens, as Close has them. Unlike what else a header says they are believed, so
+    they have a digest, as blocks do."""
+
+    first: bytes
+    digest: int
+
+    @staticmethod
+    def of(first: tuple[First, ...]) -> "End":
+        data = _encoder.encode(first)
+        return End(data, xxhash.xxh3_64_intdigest(data))
+
+    def read(self) -> tuple[First, ...] | None:
+        """None if they were damaged on the way."""
+        if xxhash.xxh3_64_intdigest(self.first) != self.digest:
+            return None
+        try:
+            return _first.decode(self.first)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            return None
+
+
 class DataHeader(msgspec.Struct, frozen=True, array_like=True):
     """Precedes the bytes of `blocks`. Without blocks it is a fence: on an ordered connection
     whatever of this round has not come before it is lost."""
@@ -209,6 +233,8 @@ class DataHeader(msgspec.Struct, frozen=True, array_like=True):
     blocks: tuple[DataBlock, ...]
     wire: Wire
     """Of the bytes that follow."""
+    end: End | None = None
+    """With the last blocks of a round: what Close would say. It is the fence too."""
 
 
 class SharedPool(msgspec.Struct, frozen=True, array_like=True):
@@ -244,6 +270,7 @@ T = TypeVar("T")
 _encoder = msgspec.msgpack.Encoder()
 _to_receiver: msgspec.msgpack.Decoder[ToReceiver] = msgspec.msgpack.Decoder(ToReceiver)
 _to_sender: msgspec.msgpack.Decoder[ToSender] = msgspec.msgpack.Decoder(ToSender)
+_first: msgspec.msgpack.Decoder[tuple[First, ...]] = msgspec.msgpack.Decoder(tuple[First, ...])
 _header: msgspec.msgpack.Decoder[DataHeader] = msgspec.msgpack.Decoder(DataHeader)
 _shared_pool: msgspec.msgpack.Decoder[SharedPool] = msgspec.msgpack.Decoder(SharedPool)
 _shared_header: msgspec.msgpack.Decoder[SharedHeader] = msgspec.msgpack.Decoder(SharedHeader)

@@ -215,15 +215,16 @@ class Receiver:
             self._stats.dropped["source"] += 1
             return
         transfer.begun_at = now
+        transfer.is_owed = True
         if transfer.state is State.GRANTED:
             if begin.round >= transfer.round:
                 self._next_round(transfer, now)
             else:
                 self._send_ticket(transfer)
         else:
+            # The ticket may be there in a moment: else the next tick says Waiting.
             if transfer.state is State.WANTED:
                 self.events.append(Wanted(transfer.key, source.peer, transfer.num_tokens))
-            self.outbox.append((source.route, p.Waiting(transfer.id)))
 
     def _close(self, source: Source, transfer: Incoming | None, close: p.Close, now: float) -> None:
         if transfer is None:
@@ -265,6 +266,8 @@ class Receiver:
             transfer.fenced_round = max(transfer.fenced_round, header.round)
             self._repair(transfer, now)
             return None
+        if header.end is not None:
+            self._take_end(transfer, header.end, header.round)
         slots: list[int | None] = []
         for block in header.blocks:
             objection = transfer.objection(block, block_size)
@@ -275,9 +278,18 @@ class Receiver:
                 transfer.writing.add(block.position)
                 slots.append(block.slot)
         if all(slot is None for slot in slots):
-            self._report(transfer, header)
+            self._settle(transfer, header, now)
             return None
         return Landing(transfer, header, tuple(slots))
+
+    def _take_end(self, transfer: Incoming, end: p.End, round: int) -> None:
+        """What came before this message has landed or is lost; what is in it is not."""
+        first = end.read()
+        if first is None:
+            self._stats.digest_errors += 1
+            return
+        transfer.first = first
+        transfer.fenced_round = max(transfer.fenced_round, round)
 
     def landed(self, landing: Landing, digests: Sequence[int | None], now: float) -> None:
         """The copy of an accepted message is over. `digests` are of the slabs as written, None
@@ -304,8 +316,7 @@ class Receiver:
             if not transfer.writing:
                 self._give_back(transfer)
             return
-        self._report(transfer, landing.header)
-        self._arrive(transfer, now)
+        self._settle(transfer, landing.header, now)
 
     # ------------------------------------------------------------ time
 
@@ -337,6 +348,9 @@ class Receiver:
                 self._end(transfer, "incomplete", "incomplete", now)
         elif now - transfer.begun_at > stall_s:
             self._end(transfer, "stalled", "stalled", now)
+        elif transfer.is_owed:
+            transfer.is_owed = False
+            self.outbox.append((source.route, p.Waiting(transfer.id)))
 
     # ------------------------------------------------------------ helpers
 
@@ -356,6 +370,12 @@ class Receiver:
 
     def _is_taken(self, key: Key) -> bool:
         return key in self._keys or self._ended_keys.get(key) is not None
+
+    def _settle(self, transfer: Incoming, header: p.DataHeader, now: float) -> None:
+        """After a data message: is it the last one, what of it is there, what is missing?"""
+        if not self._arrive(transfer, now):
+            self._report(transfer, header)
+            self._repair(transfer, now)
 
     def _report(self, transfer: Incoming, header: p.DataHeader) -> None:
         """Blocks that had landed before are named again: the first Landed may have been lost."""

@@ -239,6 +239,8 @@ class Sender:
                 self._break(link, transfer, _NACKS.get(reason, "refused"), reason, now)
             case p.Ack():
                 if transfer.first is not None:
+                    if transfer.sent:
+                        link.moved_at = now
                     self._forget(link, transfer, "delivered", now, tell=False)
                     shipped = len(transfer.landed | transfer.wanted.keys())
                     self._stats.delivered += 1

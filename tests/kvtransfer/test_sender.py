@@ -96,11 +96,14 @@ def test_begin_and_close_are_repeated_until_answered() -> None:
     sender.command(offer(Key(1, 1), range(1)), 0.7)
     sender.command(Close(Key(1, 1), FIRST), 0.7)
     assert sent(sender) == [] and not sender.events
-    assert positions(sender, 0.8) == [(transfer, [0]), (transfer, [])]  # the block, the fence
+    shipment = sender.next_shipment(PEER, 0.8)
+    assert shipment is not None and shipment.header.end == p.End.of(FIRST)  # the block says it
+    assert positions(sender, 0.8) == [] and sent(sender) == []
     close = p.Close(transfer, 1, 1, FIRST)
-    assert sent(sender) == [close]
+    sender.tick(1.2)
+    assert sent(sender) == [p.Progress(0, 0.0)] and positions(sender, 1.2) == []
     sender.tick(1.3)
-    assert sent(sender) == [close, p.Progress(0, 0.0)]
+    assert sent(sender) == [close]
     assert positions(sender, 1.3) == [(transfer, [])]
 
 
