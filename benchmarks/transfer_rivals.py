@@ -59,12 +59,16 @@ RIVALS = (
 
 
 def installed(venvs: Path) -> list[Rival]:
-    """Those whose environment is below `venvs`."""
+    """Those whose environment is below `venvs`; shared libraries that they need and the machine
+    lacks may lie in `native` of that environment."""
     found = []
     for rival in RIVALS:
         pythons = [venvs / name / "bin" / "python" for name in rival.venvs]
         python = next((path for path in pythons if path.exists()), None)
         if python is not None:
-            settings = rival.settings
+            settings = dict(rival.settings)
+            native = python.parents[1] / "native"
+            if native.is_dir():
+                settings["LD_LIBRARY_PATH"] = str(native)
             found.append(Rival(rival.name, rival.library, rival.venvs, settings, python))
     return found

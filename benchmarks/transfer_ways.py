@@ -25,7 +25,7 @@ from benchmarks.transfer_peer import (
 )
 from common.messages import Peer
 from kvtransfer.commands import BlockRef, Close, Delivered, First, Key, Offer, Open, Ticketed
-from kvtransfer.copying import address_of, copy_blocks
+from kvtransfer.copying import address_of, copy_blocks, digest_blocks
 from kvtransfer.identity import EndpointIdentity
 
 
@@ -127,6 +127,33 @@ class Memcpy:
 
     async def close(self) -> None:
         self._whole.release()
+
+
+class Digest:
+    """Reading and digesting blocks, as the sender does, in this process alone."""
+
+    name = "digest"
+    digest = True
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._turn = 0
+
+    async def one(self, blocks: int) -> None:
+        base = self._turn % groups_of(self._pool.num_blocks, blocks) * blocks
+        self._turn += 1
+        digest_blocks(self._pool.run(base, blocks), self._pool.block_bytes)
+
+    async def many(self, blocks: int, seconds: float) -> int:
+        ends = time.perf_counter() + seconds
+        count = 0
+        while not count or time.perf_counter() < ends:
+            await self.one(blocks)
+            count += 1
+        return count
+
+    async def close(self) -> None:
+        """It holds nothing."""
 
 
 class RawTcp:
@@ -239,7 +266,7 @@ class Transfers:
 
 async def open_ways(pool: Pool, peer: PeerProcess) -> list[Way]:
     """All of them; each is closed by the caller."""
-    ways: list[Way] = [Memcpy(pool, False), Memcpy(pool, True)]
+    ways: list[Way] = [Memcpy(pool, False), Memcpy(pool, True), Digest(pool)]
     for name, address in peer.addresses.items():
         if name == "raw_tcp":
             ways.append(RawTcp(pool, address))

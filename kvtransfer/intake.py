@@ -17,6 +17,9 @@ from kvtransfer.transport import Payload, Stream
 
 log = logging.getLogger("tandem.transfer")
 
+TURN_BYTES = 1 << 20
+TURN_MESSAGES = 16
+"""A connection that is never empty leaves the loop to others after so much."""
 MAX_STREAMS = 1024
 """Connections that are read at a time."""
 
@@ -48,6 +51,7 @@ class Intake:
     async def read(self, stream: Stream) -> AsyncIterator[None]:
         """Read a connection to its end; yields whenever the receiver may have something to say."""
         num_bytes, seconds = 0, 0.0
+        turn_bytes = turn = 0
         try:
             while True:
                 try:
@@ -62,8 +66,10 @@ class Intake:
                 num_bytes += payload.num_bytes
                 self._count(stream.transport, payload.num_bytes, time.monotonic() - started)
                 yield
-                # A connection that is never empty must not keep the loop to itself.
-                await asyncio.sleep(0)
+                turn, turn_bytes = turn + 1, turn_bytes + payload.num_bytes
+                if turn >= TURN_MESSAGES or turn_bytes >= TURN_BYTES:
+                    turn = turn_bytes = 0
+                    await asyncio.sleep(0)
         except ConnectionError:
             if num_bytes:
                 rate = num_bytes / max(seconds, 1e-9) / 1e9

@@ -55,6 +55,7 @@ class ShmOutlet:
         self._loop = asyncio.get_running_loop()
         self._generations = memory.shared.generations
         self._unsent: bytes | None = None
+        self._is_waiting = False
         self._is_lost = False
         self._changed = asyncio.Event()
         # The receiver says nothing more: what can be read is the end of the connection.
@@ -117,14 +118,18 @@ class ShmOutlet:
         try:
             self._socket.send(self._unsent)
         except BlockingIOError:
-            self._loop.add_writer(self._socket, self._push)
+            if not self._is_waiting:
+                self._loop.add_writer(self._socket, self._push)
+                self._is_waiting = True
             return
         except OSError:
             self._lose()
             return
-        self._loop.remove_writer(self._socket)
         self._unsent = None
-        self._changed.set()
+        if self._is_waiting:
+            self._loop.remove_writer(self._socket)
+            self._is_waiting = False
+            self._changed.set()
 
     def _lose(self) -> None:
         if not self._is_lost:

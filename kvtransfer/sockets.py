@@ -11,6 +11,9 @@ import zmq
 import zmq.asyncio
 from zmq.utils.monitor import recv_monitor_message
 
+_POLLIN: Final = int(zmq.POLLIN)
+_DONTWAIT: Final = int(zmq.DONTWAIT)
+_SNDMORE: Final = int(zmq.SNDMORE)
 READS: Final = 64
 """A control socket that is never empty leaves the loop to others after so many messages."""
 
@@ -68,25 +71,36 @@ class ControlSocket:
         self._read += 1
         if self._read % READS == 0:
             await asyncio.sleep(0)
-        while True:
-            try:
-                return self.plain.recv_multipart(zmq.DONTWAIT)
-            except zmq.Again:
-                self._is_ready.clear()
-                if not self._events() & zmq.POLLIN.value:
-                    await self._is_ready.wait()
+        while not self._events() & _POLLIN:
+            self._is_ready.clear()
+            await self._is_ready.wait()
+        frames: list[bytes] = []
+        has_more = True
+        while has_more:
+            frame = self.plain.recv(_DONTWAIT, copy=False)
+            frames.append(frame.bytes)
+            has_more = frame.more
+        return frames
 
     def send(self, frames: Sequence[bytes]) -> int:
         """Send a message or drop it. Returns 0, or the errno for which it was dropped."""
-        self._events()  # so that connections of this very moment are known
-        try:
-            self.plain.send_multipart(frames, zmq.DONTWAIT)
-            error = 0
-        except zmq.ZMQError as failure:
-            error = int(failure.errno or 0)
-        if self._events() & zmq.POLLIN.value:
+        error = self._send(frames)
+        if error:
+            self._events()  # so that connections of this very moment are known
+            error = self._send(frames)
+        if self._events() & _POLLIN:
             self._is_ready.set()
         return error
+
+    def _send(self, frames: Sequence[bytes]) -> int:
+        """Returns 0 or an errno. What refuses a message does so at its first frame."""
+        try:
+            for frame in frames[:-1]:
+                self.plain.send(frame, _DONTWAIT | _SNDMORE)
+            self.plain.send(frames[-1], _DONTWAIT)
+        except zmq.ZMQError as failure:
+            return int(failure.errno or 0)
+        return 0
 
     def close(self, linger: int) -> None:
         self._loop.remove_reader(self._fd)

@@ -108,9 +108,10 @@ class TcpOutlet:
         except OSError:
             self._lose()
             return
-        self._stop_waiting()
         self._transfer = None
-        self._changed.set()
+        if self._is_waiting:
+            self._stop_waiting()
+            self._changed.set()
 
     def _advance(self, sent: int) -> None:
         in_head = min(sent, len(self._head))

@@ -41,7 +41,8 @@ class Outlet(Protocol):
         ...
 
     async def changed(self) -> bool:
-        """Wait until the outlet may be writable again (True) or was lost (False)."""
+        """Wait until an outlet that was not writable may be so again (True) or was lost (False).
+        After a `send` that leaves it writable it need not say anything."""
         ...
 
     def close(self) -> None: ...

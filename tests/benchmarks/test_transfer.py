@@ -17,6 +17,7 @@ async def test_every_way_gives_a_row(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert [(row.way, row.digest) for row in rows] == [
         ("memcpy", False),
         ("memcpy", True),
+        ("digest", True),
         ("raw_tcp", False),
         ("shm", True),
         ("tcp", True),
@@ -34,4 +35,7 @@ def test_targets() -> None:
         return Row(way, "0.5B", 64, 196_608, digest, gbps, 1.0, 1.0)
 
     rows = [row("memcpy", False, 10.0), row("memcpy", True, 9.0), row("shm", True, 8.0)]
-    assert transfer.ratios(rows) == ["shm / memcpy, at least 0.70: 0.5B/64 0.80"]
+    assert transfer.ratios(rows) == ["shm / memcpy, at least 0.70: 0.5B/64 0.80: reached"]
+    rows[-1] = row("shm", True, 6.0)
+    missed = ["shm / memcpy, at least 0.70: 0.5B/64 0.60: missed at 0.5B/64"]
+    assert transfer.ratios(rows) == missed
