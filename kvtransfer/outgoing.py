@@ -18,7 +18,6 @@ from kvtransfer.cutting import Cutting, Piece
 from kvtransfer.memory import BlockMemory
 from kvtransfer.protocol import DataBlock, DataHeader, End, Ticket, Wire
 
-
 MAX_FIRST = 128
 """First tokens that the header of a data message carries; more, or such with their probabilities,
 have a message of their own, so that the header stays small."""
@@ -262,9 +261,7 @@ class Outgoing:
                 run = memory.run(start, count)
                 self.digests.update(zip(part, digest_blocks(run, memory.block_bytes), strict=True))
 
-    def _header(
-        self, positions: Iterable[int], epoch: int, end: End | None = None
-    ) -> DataHeader:
+    def _header(self, positions: Iterable[int], epoch: int, end: End | None = None) -> DataHeader:
         assert self.cutting is not None and self.wire is not None
         blocks = []
         for position in positions:

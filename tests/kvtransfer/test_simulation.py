@@ -109,7 +109,7 @@ def test_the_simulation_bites(
     first_seed: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Without one check, some seeds fail: few where that is the lease, so the search begins there."""
+    """Without one check, some seeds fail: few if it is the lease, so the search begins there."""
     original = getattr(owner, name)
     if len(signature(mutant).parameters) > len(signature(original).parameters):
 
