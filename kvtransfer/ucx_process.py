@@ -15,10 +15,7 @@ import secrets
 import select
 import socket
 import sys
-from collections import deque
-from dataclasses import dataclass, field
 from importlib import import_module
-from pathlib import Path
 from threading import Thread
 from time import monotonic
 from typing import Any, Final
@@ -27,11 +24,21 @@ import msgspec
 
 from common.errors import ProtocolError
 from kvtransfer import ucx_messages as m
+from kvtransfer.ucx_sides import (
+    ANSWER,
+    BODY,
+    BYE,
+    ENVELOPE,
+    HELLO,
+    KIND_BITS,
+    KIND_MASK,
+    Arrival,
+    Connection,
+    Side,
+    done,
+    open_sides,
+)
 
-KIND_BITS: Final = 60
-HELLO, ANSWER, ENVELOPE, BYE, BODY = (kind << KIND_BITS for kind in (1, 2, 3, 4, 8))
-"""Kinds of messages: the first bits of their tags. The rest is random."""
-KIND_MASK: Final = 0xF << KIND_BITS
 MAX_CONTROL_BYTES: Final = 1 << 20
 MAX_RECEIVING: Final = 3
 """Rooms that one connection may fill at a time: one that stalls leaves the others to others."""
@@ -46,54 +53,6 @@ another one. Each keeps memory of UCX, tens of kilobytes."""
 
 class Gone(Exception):
     """A connection cannot go on; the text is the reason."""
-
-
-@dataclass(eq=False)
-class Side:
-    """A UCX worker and how it is reached."""
-
-    way: str
-    worker: Any
-    door_tag: int
-    handles_errors: bool
-    """UCX tells when a peer is gone. Over shared memory it cannot: there the process is watched."""
-    bulk: Any
-    """The UCX worker for bodies; the same one unless they go apart (see `_open_sides`)."""
-
-    @property
-    def workers(self) -> list[Any]:
-        return [self.worker] if self.bulk is self.worker else [self.worker, self.bulk]
-
-
-@dataclass(eq=False)
-class Arrival:
-    """A data message that is coming in."""
-
-    buffer: bytearray
-    requests: list[Any]
-    envelope: m.Envelope | None = None
-    room: int | None = None
-
-
-@dataclass(eq=False)
-class Connection:
-    number: int
-    side: Side
-    endpoint: Any
-    bulk: Any
-    """The endpoint for bodies; None where the peer sends them."""
-    here: int
-    """Tag of what the peer sends."""
-    there: int = 0
-    is_up: bool = False
-    is_closing: bool = False
-    """The worker hung up before the peer answered, which is then told so."""
-    pidfd: int = -1
-    arrivals: deque[Arrival] = field(default_factory=deque)
-    shipping: deque[tuple[list[Any], list[Any]]] = field(default_factory=deque)
-    """(requests, what they read) of each shipment."""
-    others: list[tuple[Any, Any]] = field(default_factory=list)
-    """The same of what belongs to no shipment."""
 
 
 class Helper:
@@ -121,55 +80,17 @@ class Helper:
         """Messages for no connection: (side, tag, request, bytes)."""
         self._poll = select.poll()
         self._poll.register(self._link, select.POLLIN)
-        self._sides = self._open_sides(settings.is_local)
+        self._sides = open_sides(self._ucx, settings.is_local)
+        for side in self._sides:
+            for worker in side.workers:
+                self._poll.register(worker.epoll_file_descriptor, select.POLLIN)
         self._next_number = 1
         self._said_at = monotonic()
-
-    # ------------------------------------------------------------ UCX workers
-
-    def _open_sides(self, is_local: bool) -> list[Side]:
-        """`sm` and `net`; what the operator chose by UCX_TLS is `net` alone."""
-        chosen = self._ucx.get_current_options()
-        net = {"TLS": "^sm"} if chosen["TLS"] == "all" else {}
-        if is_local and chosen["NET_DEVICES"] == "all":
-            net["NET_DEVICES"] = "lo"
-        sides = [self._open_side("net", net, True)]
-        if chosen["RNDV_SCHEME"] == "auto" and not m.has_rdma():
-            # Over TCP the sender's kernel writes to where the bytes belong. UCX does so where it is
-            # told, and only between endpoints that do not handle errors: else it cuts a message
-            # into pieces of 16 KB that are copied twice more, which takes four times as long. So
-            # bodies have endpoints of their own; those for all else say when a peer is gone.
-            sides[0].bulk = self._open_worker({**net, "RNDV_SCHEME": "put_zcopy"})
-        if chosen["TLS"] == "all":
-            # The receiver reads: a sender that was stopped meanwhile has nothing left to write.
-            sm = {"TLS": "posix,cma,self", "RNDV_SCHEME": "get_zcopy"}
-            sides.insert(0, self._open_side(f"sm/{machine()}", sm, False))
-        return sides
-
-    def _open_side(self, way: str, options: dict[str, str], handles_errors: bool) -> Side:
-        worker = self._open_worker(options)
-        return Side(way, worker, secrets.randbits(KIND_BITS), handles_errors, worker)
-
-    def _open_worker(self, options: dict[str, str]) -> Any:
-        features = (self._ucx.Feature.TAG, self._ucx.Feature.WAKEUP)
-        worker = self._ucx.UCXWorker(self._ucx.UCXContext(options, features))
-        worker.init_blocking_progress_mode()
-        self._poll.register(worker.epoll_file_descriptor, select.POLLIN)
-        return worker
 
     # ------------------------------------------------------------ the loop
 
     def run(self) -> None:
-        doors = [
-            m.Door(
-                side.way,
-                bytes(side.worker.address),
-                b"" if side.bulk is side.worker else bytes(side.bulk.address),
-                side.door_tag,
-            )
-            for side in self._sides
-        ]
-        self._say(m.Ready(m.address_of(doors)))
+        self._say(m.Ready(m.address_of([side.door for side in self._sides])))
         workers = [worker for side in self._sides for worker in side.workers]
         while True:
             moved = False
@@ -322,9 +243,9 @@ class Helper:
             if door is None:
                 continue
             try:
-                endpoint = bulk = self._endpoint(side, door.worker)
+                endpoint = bulk = side.endpoint(door.worker)
                 if door.bulk:
-                    bulk = self._bulk_endpoint(side, door.bulk)
+                    bulk = side.bulk_endpoint(door.bulk)
             except self._ucx.UCXError as error:
                 reasons.append(f"{side.way}: {error}")
                 continue
@@ -338,7 +259,7 @@ class Helper:
         """Somebody connects."""
         try:
             hello = m.decode_hello.decode(data)
-            endpoint = self._endpoint(side, hello.worker)
+            endpoint = side.endpoint(hello.worker)
         except (msgspec.DecodeError, self._ucx.UCXError) as error:
             print(f"a peer could not connect: {error}", file=sys.stderr, flush=True)
             return
@@ -349,16 +270,6 @@ class Helper:
             self._establish(connection, m.Answer(hello.tag, hello.pid))
         except Gone as error:
             self._lose(connection, str(error))
-
-    def _endpoint(self, side: Side, there: bytes) -> Any:
-        address = self._ucx.UCXAddress.create_from_buffer(there)
-        return self._ucx.UCXEndpoint.create_from_worker_address(
-            side.worker, address, side.handles_errors
-        )
-
-    def _bulk_endpoint(self, side: Side, there: bytes) -> Any:
-        address = self._ucx.UCXAddress.create_from_buffer(there)
-        return self._ucx.UCXEndpoint.create_from_worker_address(side.bulk, address, False)
 
     def _add(self, number: int, side: Side, endpoint: Any, bulk: Any) -> Connection:
         connection = Connection(number, side, endpoint, bulk, secrets.randbits(KIND_BITS))
@@ -477,21 +388,6 @@ class Helper:
                 self._count_graves()
         except self._ucx.UCXError as error:
             self._lose(connection, str(error))
-
-
-def done(requests: list[Any]) -> bool:
-    """Whether all are complete. Raises UCXError for one that failed."""
-    if not all(request.completed for request in requests):
-        return False
-    for request in requests:
-        request.check_error()
-    return True
-
-
-def machine() -> str:
-    """The same for two processes that can watch each other and read each other's memory."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}/{os.geteuid()}"
 
 
 def end_with(parent: int) -> None:

@@ -13,16 +13,8 @@ import pytest
 
 from kvtransfer import ucx_messages as m
 from kvtransfer import ucx_process
-from kvtransfer.ucx_process import (
-    ANSWER,
-    BURST,
-    BYE,
-    ENVELOPE,
-    HELLO,
-    KIND_MASK,
-    Connection,
-    Helper,
-)
+from kvtransfer.ucx_process import BURST, Helper
+from kvtransfer.ucx_sides import ANSWER, BYE, ENVELOPE, HELLO, KIND_MASK, Connection
 
 ROOM_BYTES = 4096
 
