@@ -146,6 +146,8 @@ class Outgoing:
     def _is_there(self, position: int) -> bool:
         """All of the receiver's block at `position` was offered."""
         assert self.cutting is not None
+        if self.cutting.is_whole:  # the same, without the pieces
+            return position in self.offered
         sources = self.cutting.sources(position, self.num_tokens)
         return all(source in self.offered for source, _ in sources)
 
@@ -192,6 +194,8 @@ class Outgoing:
     def _sources(self, positions: Sequence[int]) -> list[int]:
         """This side's positions of the blocks that these of the receiver are made of."""
         assert self.cutting is not None
+        if self.cutting.is_whole:
+            return list(positions)
         of = [self.cutting.sources(position, self.num_tokens) for position in positions]
         return list(dict.fromkeys(at for sources in of for at, _ in sources))
 
