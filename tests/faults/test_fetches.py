@@ -14,8 +14,9 @@ from tests.faults.fleet import Fleet, fleet
 from tests.faults.invariants import check
 from tests.faults.volume import Volume
 
-OWNER: Final = ("open", "offer", "close", "welcome", "ticket", "ship", "landed", "ack")
-FETCHER: Final = ("hello", "begin", "grant", "accept", "land", "closed", "arrive")
+OWNER: Final = ("open", "offer", "close", "welcome", "ticket", "ship", "ack")
+FETCHER: Final = ("hello", "begin", "grant", "accept", "land", "arrive")
+"""Of a fetch whose blocks go in one message, which needs neither Landed nor Close."""
 WHENS: Final = ("before", "after")
 SAMPLE: Final = 5
 """Every so manieth of the steps is in a small run."""

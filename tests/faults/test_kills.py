@@ -19,8 +19,8 @@ def plan(fleet: Fleet, role: str) -> dict[str, object]:
     """Where a new life of this role will kill itself, when it is told to."""
     step = fleet.random.choice(STEPS[role])
     when = fleet.random.choice(("before", "after"))
-    # Welcome and Hello come once with each new peer.
-    most = 1 if step in ("welcome", "hello") else 12
+    # Welcome and Hello come once with each new peer; Waiting and Close are seldom needed.
+    most = 1 if step in ("welcome", "hello", "waiting", "closed") else 12
     return {"die_at": f"{step}.{when}", "die_after": fleet.random.randint(1, most)}
 
 
