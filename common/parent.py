@@ -1,6 +1,6 @@
 """Tie a process to the life of its parent, so that nothing outlives a parent that was killed.
 
-Called first thing by children of the launcher and by pool processes (as their initializer).
+Called first thing by the programs of the launcher (`deploy.child`) and by other helper processes.
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""What Redis holds: the names of the keys and the form of the records (DESIGN of the directory).
+"""What Redis holds: the names of the keys and the form of the records of a deployment.
 
     tandem:{ns}:workers              set of worker ids
     tandem:{ns}:worker:{id}          hash with TTL, one JSON value per field of WorkerInfo

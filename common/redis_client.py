@@ -1,7 +1,8 @@
 """How every process talks to Redis: a client that gives up soon and hides no outage.
 
-Used by `common.registry` and `router.directory`, whose loops reconnect themselves, because they
-have to do something about it that Redis was away; `deploy.redis_server` shows URLs with it.
+Used by `common.registry` and by what follows Redis in a router, whose loops reconnect themselves,
+because they have to do something about it that Redis was away; `deploy.redis_server` shows URLs
+with it.
 """
 
 import asyncio

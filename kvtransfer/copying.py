@@ -1,8 +1,9 @@
 """Copies and digests of blocks, natively where there is a compiler.
 
 Used by the sender (digests, and blocks that are cut to the receiver's size) and by the transports
-that copy (`shm`, `zmq`). One native call does a run of blocks (`copy.cpp`) without the interpreter
-lock; without a compiler numpy and xxhash do the same, in two passes and with the same digests.
+that copy (`shm`, `ucx`, `zmq`). One native call does a run of blocks (`copy.cpp`) without the
+interpreter lock; without a compiler numpy and xxhash do the same, in two passes and with the same
+digests.
 """
 
 import ctypes

@@ -5,9 +5,10 @@ opened by the sender. Data travels on a connection of its own: a `DataHeader`, t
 message may be lost, late, doubled or forged; nothing here trusts the other side.
 
 Sender to receiver: Hello, Begin, Progress, Close, AbortTransfer. Receiver to sender: Welcome or
-Refused, Waiting, Ticket, Nack, Landed, Ack, Renew. Whoever wants a prefix that another worker
-caches says Fetch on a connection of its own, as if it were to send; the owner then begins a
-transfer of that key, or answers Declined.
+Refused, Waiting, Ticket, Nack, Landed, Ack, Renew. A transfer of one data message takes Begin,
+Ticket and Ack alone: its header says what Close would, and Ack what Landed would. Whoever wants a
+prefix that another worker caches says Fetch on a connection of its own, as if it were to send; the
+owner then begins a transfer of that key, or answers Declined.
 """
 
 from typing import Final, NamedTuple, TypeVar

@@ -7,8 +7,9 @@ bytes of a block are read only between its Offer and the end of its transfer.
     Open -> Begin ... Ticket -> blocks as they are offered -> Close ... Ack -> Delivered
                 \\ Nack, stall, lease over, peer lost -> Broken
 
-Each Open ends in exactly one Delivered, Broken or Abort. It also carries what this worker asks of
-others (Fetch): an answer that is no Declined is a Begin, which the receiving half takes.
+Each Open ends in exactly one Delivered, Broken or Abort. What Close says goes with the last blocks
+where it can (`Outgoing`). It also carries what this worker asks of others (Fetch): an answer that
+is no Declined is a Begin, which the receiving half takes.
 """
 
 from collections import deque

@@ -1,8 +1,10 @@
 """Every interval of the transfer protocol, derived from the configured timers.
 
-sender    Hello, Begin, Close      every resend_s until answered
+sender    Hello, Begin, Close,     every resend_s until answered
+          Fetch
           Progress                 every progress_s while a ticket is held
-receiver  Renew                    every renew_s while a grant is open; it also shows within
+receiver  Waiting                  at the next tick, if a Begin has no other answer by then
+          Renew                    every renew_s while a grant is open; it also shows within
                                    that time that a connection is closed
 both      a lost connection        may come back within grace_s
 """

@@ -1,7 +1,7 @@
 """One prompt that is being served: its choices, their tokens so far, and its attempts.
 
 `Request.take` turns the workers' outputs into `Delta`s, each token once, whatever attempt brought
-it. Owned by `router.service`, which alone changes it; the HTTP side reads `events`.
+it. Owned by `router.dispatch`, which alone changes it; the HTTP side reads `events`.
 """
 
 import asyncio

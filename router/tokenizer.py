@@ -4,7 +4,7 @@ What tokenizer.json says about special tokens around a text is what counts (as i
 which ignores `add_bos_token` of tokenizer_config.json beside it).
 
 Owns the checkpoint's tokenizer, its chat template and the threads that encode long prompts; called
-by `router.intake` (prompts) and by `router.detokenizer` and `router.logprobs` (tokens to text).
+by `router.prompts` (prompts) and by `router.detokenizer` and `router.token_text` (tokens to text).
 """
 
 import asyncio
