@@ -38,10 +38,10 @@ class Plan:
     """A multiple of the block size."""
     chunk_tokens: int = 512
     outputs: int = 12
-    repeats: int = 6
+    repeats: int = 3
     streams: int = 8
     """That keep the decode worker busy."""
-    turns: int = 4
+    turns: int = 2
     turn_s: float = 10.0
     kv_blocks: int = 2560
 

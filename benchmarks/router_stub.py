@@ -152,11 +152,14 @@ class Worker:
             router, message = await self._link.receive()
             match message:
                 case Ping(seq):
-                    load = Load(running=len(self._streams), free_blocks=1 << 20)
-                    self._link.send(router, Pong(seq, self._info.epoch, self._steps, load))
+                    self._link.send(router, Pong(seq, self._info.epoch, self._steps, self._load()))
                 case Admit(request=request, attempt=attempt, tokens=tokens):
                     assert unpack_tokens(tokens)
-                    self._streams[request, attempt] = Stream(request, attempt, router)
+                    stream = Stream(request, attempt, router)
+                    self._streams[request, attempt] = stream
+                    if self._gap_s:
+                        # As the HTTP server does: the first token does not wait for a step.
+                        self._link.send(router, Step((self._next(stream),), self._load()))
                     self._wake.set()
                 case Cancel(request, attempt):
                     self._streams.pop((request, attempt), None)
@@ -172,20 +175,24 @@ class Worker:
             for key, stream in list(self._streams.items()):
                 count = 1 if self._gap_s else TOKENS
                 for _ in range(count):
-                    index = stream.sent
-                    stream.sent += 1
-                    finish = "length" if stream.sent == TOKENS else ""
-                    output = Output(
-                        stream.request, stream.attempt, 0, index, (TOKEN,), finish,
-                        cached_tokens=0 if index == 0 else -1,
-                    )  # fmt: skip
-                    outputs.setdefault(stream.router, []).append(output)
+                    outputs.setdefault(stream.router, []).append(self._next(stream))
                 if stream.sent == TOKENS:
                     del self._streams[key]
-            load = Load(running=len(self._streams), free_blocks=1 << 20)
             for router, some in outputs.items():
-                self._link.send(router, Step(tuple(some), load))
+                self._link.send(router, Step(tuple(some), self._load()))
             await asyncio.sleep(self._gap_s)
+
+    def _next(self, stream: Stream) -> Output:
+        index = stream.sent
+        stream.sent += 1
+        finish = "length" if stream.sent == TOKENS else ""
+        return Output(
+            stream.request, stream.attempt, 0, index, (TOKEN,), finish,
+            cached_tokens=0 if index == 0 else -1,
+        )  # fmt: skip
+
+    def _load(self) -> Load:
+        return Load(running=len(self._streams), free_blocks=1 << 20)
 
 
 # ------------------------------------------------------------ the smallest proxy
