@@ -44,7 +44,10 @@ class Bell:
         self._timer = None if seconds is None else self._loop.call_later(seconds, self._on_time)
 
     async def wait(self) -> None:
-        """For one task: until it rang since the last call."""
+        """For one task: until it rang since the last call. Others have their turn in any case: who
+        reads many messages rings again, and could go on until nothing more comes."""
+        if self._rung.is_set():
+            await asyncio.sleep(0)
         await self._rung.wait()
         self._rung.clear()
 

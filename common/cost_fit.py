@@ -13,23 +13,26 @@ from typing import Final
 
 from common.cost import PRIOR, CostModel
 
-FORGET: Final = 0.99
-"""Weight of everything known when one more observation comes: about the last hundred count."""
+FORGET: Final = 0.97
+"""Weight of what is known of a kind when one more of it comes: about the last 30 count, of mixed
+kinds the last 100, for each speaks of a third of what three coefficients are."""
 CLIP: Final = 3.0
 """Typical errors beyond which an observation pulls no harder."""
 DOUBT: Final = 10000.0
-"""Variance of a coefficient relative to the square of its prior, before anything is known, and the
-most that forgetting makes of it."""
+"""Variance of a coefficient relative to the square of its scale, before anything is known."""
+LEAST: Final = 1e-6
+"""Of a coefficient, relative to its scale."""
 
 
 class LeastSquares:
     """`y = sum(c_i * x_i)` with coefficients `c_i >= 0`."""
 
-    def __init__(self, prior: Sequence[float]) -> None:
-        """`prior`: positive coefficients, one for each `x_i`."""
-        self._scale = list(prior)
-        # Of the coefficients relative to the prior: all begin as 1.
-        self._c = [1.0] * len(prior)
+    def __init__(self, prior: Sequence[float], scale: Sequence[float] = ()) -> None:
+        """`prior`: positive coefficients, one for each `x_i`. `scale`: what they may be like if
+        they are not like the prior."""
+        self._scale = list(scale or prior)
+        # Of the coefficients relative to their scale.
+        self._c = [c / size for c, size in zip(prior, self._scale, strict=True)]
         self._p = [[DOUBT * (i == j) for j in range(len(prior))] for i in range(len(prior))]
         self._error = 1.0
         self.count = 0
@@ -60,21 +63,49 @@ class LeastSquares:
         self._error += 0.05 * (min(abs(residual), CLIP * self._error) - self._error)
         n = range(len(row))
         px = [sum(self._p[i][j] * row[j] for j in n) for i in n]
-        gain = pull / (FORGET + pull * sum(row[i] * px[i] for i in n))
-        self._c = [max(1e-6, self._c[i] + gain * px[i] * residual) for i in n]
-        self._p = [[(self._p[i][j] - gain * px[i] * px[j]) / FORGET for j in n] for i in n]
-        # What no observation speaks of must not become arbitrarily uncertain.
-        if (most := max(self._p[i][i] for i in n)) > DOUBT:
-            self._p = [[v * DOUBT / most for v in line] for line in self._p]
+        doubt = sum(row[i] * px[i] for i in n)
+        told = pull * doubt
+        gain = pull / (1 + told)
+        self._c = [self._c[i] + gain * px[i] * residual for i in n]
+        # Forgotten is only what the observation speaks of (Kulhavy's directional forgetting): what
+        # steps of one size say of a sequence holds until there are steps of another size.
+        less = (FORGET * told - (1 - FORGET)) / (FORGET * doubt * (1 + told))
+        self._p = [[self._p[i][j] - less * px[i] * px[j] for j in n] for i in n]
+        self._bound()
+
+    def _bound(self) -> None:
+        """A coefficient that came out too low is the least one, and the others become what is most
+        likely beside that. To cut it off alone would leave a sum that nobody measured: one slow
+        step of two sequences may ask for dear sequences and for steps of less than nothing."""
+        n, p = range(len(self._c)), self._p
+        for _ in n:
+            low = min(n, key=self._c.__getitem__)
+            lack = LEAST - self._c[low]
+            if lack <= 0:
+                return
+            if p[low][low] > 1e-9 * self._p[low][low]:  # else it is known from those before it
+                share = [line[low] / p[low][low] for line in p]
+                self._c = [c + lack * part for c, part in zip(self._c, share, strict=True)]
+                p = [[p[i][j] - share[i] * p[low][j] for j in n] for i in n]
+            self._c[low] = LEAST
 
 
 class CostFit:
     """The cost model of one worker, or of several alike."""
 
-    def __init__(self, prior: CostModel = PRIOR) -> None:
-        self._prefill = LeastSquares((prior.prefill_s, prior.token_s, prior.pair_s))
-        self._step = LeastSquares((prior.step_s, prior.row_s, prior.kv_s))
-        self._model = prior
+    def __init__(self, start: CostModel = PRIOR) -> None:
+        """`start`: what is known before. What it takes to cost next to nothing, which is often all
+        that few measurements say, may turn out to cost as much as it does by `PRIOR`."""
+
+        def fit(*names: str) -> LeastSquares:
+            known = [getattr(start, name) for name in names]
+            return LeastSquares(
+                known, [max(c, getattr(PRIOR, name)) for c, name in zip(known, names, strict=True)]
+            )
+
+        self._prefill = fit("prefill_s", "token_s", "pair_s")
+        self._step = fit("step_s", "row_s", "kv_s")
+        self._model = start
 
     @property
     def model(self) -> CostModel:
@@ -100,7 +131,7 @@ class CostFit:
         self._prefill.add((1.0, new, new * (cached + new / 2)), seconds)
         self._update()
 
-    def saw_step(self, batch: int, kv_tokens: int, seconds: float) -> None:
+    def saw_step(self, batch: float, kv_tokens: float, seconds: float) -> None:
         """A decode step of `batch` sequences that hold `kv_tokens` in all took `seconds`."""
         self._step.add((1.0, batch, kv_tokens), seconds)
         self._update()

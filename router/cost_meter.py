@@ -10,7 +10,7 @@ that others overtook is not to be seen from here: it teaches nothing. Work of ot
 as this prompt's, so the cost of a shared worker is rather over- than underestimated.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Final
 
 from common.cost import PRIOR, CostModel, Costs
@@ -26,7 +26,26 @@ UNLIKE: Final = 1.5
 like them, so that noise prefers nobody."""
 TOLD: Final = 8
 """Steps after which what a worker says of them counts."""
+SPAN_S: Final = 0.02
+"""Steps in a row that take less together are learnt from as one: a router that is busy finds some
+of their messages together, as if all of them but the first had taken no time."""
 _PROMPT: Final = 1_000
+
+
+@dataclass(slots=True)
+class Run:
+    """Decode steps in a row: sums."""
+
+    steps: int = 0
+    running: int = 0
+    kv_tokens: int = 0
+    seconds: float = 0.0
+
+    def add(self, load: Load, seconds: float) -> None:
+        self.steps += 1
+        self.running += load.running
+        self.kv_tokens += load.kv_tokens
+        self.seconds += seconds
 
 
 class Peers:
@@ -82,6 +101,8 @@ class CostMeter:
         """When the last one was sent of those that were computed."""
         self._stepped_at: float | None = None
         self._load = Load()
+        self._run = Run()
+        """Steps that nothing was learnt from yet."""
         self._slowness, self._seen = 1.0, 0
 
     @property
@@ -163,11 +184,22 @@ class CostMeter:
         """
         before, since = self._load, self._stepped_at if follows else None
         if since is not None and not before.prefill_tokens and not load.prefill_tokens:
-            if self._peers.fit.num_steps >= ENOUGH:
-                predicted_s = self._peers.fit.model.step(before.running, before.kv_tokens)
-                self._compare(now - since, predicted_s)
-            for fit in (self._own, self._peers.fit):
-                fit.saw_step(before.running, before.kv_tokens, now - since)
+            self._run.add(before, now - since)
+            if self._run.seconds >= SPAN_S:
+                self._learn(self._run)
+                self._run = Run()
+        else:
+            self._run = Run()
         self._load = load
         # An idle worker waits before its next step.
         self._stepped_at = now if load.running else None
+
+    def _learn(self, run: Run) -> None:
+        """The cost of a step is linear in what it computes: the mean of some is that of the mean
+        step."""
+        running, kv_tokens = run.running / run.steps, run.kv_tokens / run.steps
+        seconds = run.seconds / run.steps
+        if self._peers.fit.num_steps >= ENOUGH:
+            self._compare(seconds, self._peers.fit.model.step(running, kv_tokens))
+        for fit in (self._own, self._peers.fit):
+            fit.saw_step(running, kv_tokens, seconds)

@@ -78,3 +78,32 @@ def test_nothing_is_learnt_from_what_is_no_measurement() -> None:
     plain = LeastSquares((1.0, 1.0))
     plain.add((0.0, 0.0), 5.0)
     assert plain.coefficients == [1.0, 1.0] and plain.count == 0
+
+
+def test_a_bound_leaves_what_was_measured() -> None:
+    fit = LeastSquares((1.0, 1.0))
+    for _ in range(50):
+        fit.add((1.0, 1.0), 1.0)
+    # With the others this asks for a first coefficient far below 0.
+    fit.add((1.0, 3.0), 10.0)
+    assert fit.coefficients[0] < 0.01
+    assert fit.predict((1.0, 1.0)) == pytest.approx(1.0, rel=0.05)
+
+
+def test_steps_of_one_kind_are_forgotten_too() -> None:
+    fit, rng = CostFit(), Random(5)
+    for seconds, count in ((0.013, 1500), (0.003, 400)):
+        for _ in range(count):
+            fit.saw_step(1, rng.randrange(100, 200), seconds * rng.gauss(1, 0.05))
+    assert fit.model.step(1, 150) == pytest.approx(0.003, rel=0.1)
+
+
+def test_what_seemed_to_cost_nothing_may_turn_out_to() -> None:
+    fit, rng = CostFit(CostModel(step_s=0.003, row_s=1e-12, kv_s=1e-14)), Random(7)
+    real = CostModel(step_s=0.002, row_s=5e-4, kv_s=1e-8)
+    for _ in range(300):
+        batch = rng.randrange(1, 32)
+        fit.saw_step(batch, 500 * batch, real.step(batch, 500 * batch))
+    for batch in (1, 30):
+        wanted = real.step(batch, 500 * batch)
+        assert fit.model.step(batch, 500 * batch) == pytest.approx(wanted, rel=0.1)

@@ -12,8 +12,10 @@ import pytest
 
 from common.messages import Cancel
 from router import backlog, connection, server
+from router.answer import Answer
 from router.caps import DEFAULT, Caps
-from tests.client import complete
+from router.request import Delta
+from tests.client import body, complete, stream
 from tests.router.conftest import Deploy
 from tests.router.deployment import Deployment, until
 
@@ -187,3 +189,30 @@ async def test_probes_without_a_body(deploy: Deploy, path: str) -> None:
             asked, probed = await http.get(path), await http.head(path)
             assert (probed.status_code, probed.content) == (200, b"")
             assert probed.headers["content-length"] == asked.headers["content-length"]
+
+
+async def test_a_bug_in_one_answer_ends_that_one_alone(
+    deploy: Deploy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunk = Answer.chunk
+
+    def trips(answer: Answer, delta: Delta) -> bytes:
+        if answer._requests[0].label == "bad" and len(answer._tallies[0].tokens) == 3:
+            raise ArithmeticError("a bug")
+        return chunk(answer, delta)
+
+    monkeypatch.setattr(Answer, "chunk", trips)
+    async with deploy(prefill=0) as served:
+        other = asyncio.create_task(stream(served.http, PROMPT, seed=5, max_tokens=100))
+        asked = served.http.stream(
+            "POST",
+            "/v1/completions",
+            json=body(PROMPT, stream=True, max_tokens=100),
+            headers={"x-request-id": "bad"},
+        )
+        with pytest.raises(httpx.RemoteProtocolError):
+            async with asked as response:
+                await response.aread()
+        assert (await other).done
+        await until(lambda: served.service.num_live == 0)
+        await until(lambda: served.decodes[0].num_running == 0)

@@ -125,6 +125,21 @@ def test_steps_are_measured_while_nothing_is_prefilled_beside_them() -> None:
     assert peers.fit.model == learnt
 
 
+def test_messages_of_several_steps_that_are_read_together() -> None:
+    peers = Peers()
+    meter = CostMeter(peers)
+    now = 5.0
+    for number in range(4_000):
+        # A router that is busy for the time of four steps now and then.
+        now += 0.01194 if number % 4 == 0 else 0.00002
+        load = Load(running=1 + number // 40 % 2, kv_tokens=150)
+        meter.stepped(load, now, follows=True)
+    assert peers.fit.num_steps > 100
+    for batch in (1, 2):
+        assert peers.fit.model.step(batch, 150) == pytest.approx(0.003, rel=0.15)
+    assert meter.pace.slowness == pytest.approx(1.0, rel=0.15)
+
+
 def test_a_pause_in_which_a_worker_serves_other_routers_is_no_step() -> None:
     now = 0.0
     fleet = Fleet(clock=lambda: now)
