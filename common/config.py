@@ -206,6 +206,9 @@ class HttpConfig(ExposureConfig):
     max_body_bytes: int = flag(16 << 20, "largest request body")
     max_header_bytes: int = flag(32 << 10, "largest request line and headers of one request")
     max_json_depth: int = flag(64, "deepest nesting of a request body")
+    max_json_values: int = flag(
+        1 << 20, "most commas and opening brackets of a request body, about as many as its values"
+    )
     max_upload_s: int = flag(60, "seconds that a request body may take to arrive")
     max_resumes: int = flag(3, "failures of workers that one request survives")
     max_waiting: int = flag(1_024, "requests that wait at the router while all workers are busy")

@@ -30,7 +30,7 @@ from router.cors import Cors
 from router.intake import Intake, unknown_model
 from router.keys import Keys
 from router.metrics import RouterMetrics
-from router.nesting import is_flat
+from router.nesting import has_few, is_flat
 from router.openapi import document
 from router.reply import Reply
 from router.responses import respond
@@ -109,7 +109,7 @@ def create_app(parts: Parts) -> FastAPI:
     @app.post("/detokenize")
     async def detokenize(request: HttpRequest) -> Response:
         data = await read_json(request, caps)
-        return json_response(intake.text.detokenize(data, await service.limits()))
+        return json_response(await intake.text.detokenize(data, await service.limits()))
 
     @app.post("/v1/embeddings")
     async def embeddings(request: HttpRequest) -> Response:
@@ -206,6 +206,9 @@ async def read_json(request: HttpRequest, caps: Caps) -> object:
                     raise _too_large(max_bytes)
     except TimeoutError:
         raise RequestError(408, "The request body came too slowly.", code="timeout") from None
+    if not has_few(body, caps.json_values):
+        message = f"The request body has more than {caps.json_values} commas and opening brackets."
+        raise RequestError(400, message, code="too_many_values")
     try:
         value: object = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -25,6 +25,8 @@ class Caps:
     header_bytes: int = 32 << 10
     """Request line, headers and trailers of one request."""
     json_depth: int = 64
+    json_values: int = 2**20
+    """Commas and opening brackets of a body, its texts included: see `nesting.has_few`."""
     upload_s: float = 60
     """How long a body may take to arrive."""
 

@@ -26,6 +26,8 @@ class Manner:
     format: Format = "none"
     name: str = ""
     thinks: bool | None = None
+    one_call: bool = False
+    """Only the first call is shown (`parallel_tool_calls` false)."""
 
     @property
     def is_plain(self) -> bool:
@@ -70,9 +72,13 @@ class ChatAnswer(Answer):
             self._fresh += speech.flush()
         if not self._options.reasoning:
             self._fresh = [piece for piece in self._fresh if piece.kind != "reasoning"]
+        num_calls = speech.num_calls
+        if self._manner.one_call:
+            self._fresh = [piece for piece in self._fresh if piece.call < 1]
+            num_calls = min(num_calls, 1)
         self._pieces[delta.choice] += self._fresh
         ids = self._call_ids[delta.choice]
-        while len(ids) < speech.num_calls:
+        while len(ids) < num_calls:
             ids.append(self._new_id())
 
     def opening(self) -> bytes:

@@ -22,6 +22,17 @@ class TextPart(Strict):
     type: Literal["text", "input_text", "output_text"]
     text: str
 
+    # What other servers say beside a text, and marks for the caches of others. Without effect.
+    annotations: Free = None
+    cache_control: Free = None
+    citations: Free = None
+    extras: Free = None
+    id: Free = None
+    index: Free = None
+    logprobs: Free = None
+    prompt_cache_breakpoint: Free = None
+    provider_specific_fields: Free = None
+
     @property
     def shown(self) -> str:
         return self.text
@@ -41,6 +52,7 @@ class ToolFunction(Strict):
     arguments: str | None = None
     parsed_arguments: Free = None
     """What a client's library made of the arguments; without effect."""
+    provider_specific_fields: Free = None
 
 
 class ToolCall(Strict):
@@ -49,6 +61,9 @@ class ToolCall(Strict):
     function: ToolFunction
     index: int | None = None
     """In the stream that the client collected it from; without effect."""
+    cache_control: Free = None
+    extra_content: Free = None
+    provider_specific_fields: Free = None
 
 
 class FunctionTool(Strict):
@@ -58,6 +73,8 @@ class FunctionTool(Strict):
     strict: bool | None = None
     """Accepted without effect: calls that are enforced follow the schema in any case."""
     defer_loading: Literal[False] | None = None
+    cache_control: Free = Field(None, exclude=True)
+    """No part of what the model is told of a tool."""
 
     @property
     def arguments_schema(self) -> dict[str, Any]:
@@ -69,6 +86,7 @@ class Tool(Strict):
     type: Literal["function"] = "function"
     function: FunctionTool
     defer_loading: Literal[False] | None = None
+    cache_control: Free = Field(None, exclude=True)
 
 
 class _ToolName(Strict):
@@ -122,10 +140,15 @@ class Message(Strict):
     # What answers carry, and what clients' libraries add to them, when they are sent back.
     # Without effect.
     annotations: Free = None
+    cache_control: Free = None
+    id: Free = None
+    images: Free = None
     parsed: Free = None
     provider_specific_fields: Free = None
     reasoning_details: Free = None
+    reasoning_items: Free = None
     thinking_blocks: Free = None
+    type: Literal["text", "message"] | None = None
     audio: None = None
     function_call: None = None
 

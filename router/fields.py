@@ -132,6 +132,7 @@ class Labelled(Strict):
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_options: Free = None
     prompt_cache_retention: str | None = None
     request_id: str | None = None
     """The label of a call is its header `x-request-id`."""

@@ -165,7 +165,8 @@ class Intake:
             return Manner("list", "", thinks)
         if not body.offers_tools or constrained:
             return Manner("none", "", thinks)
-        return Manner(self._tool_format or detect(template.source), "", thinks)
+        format = self._tool_format or detect(template.source)
+        return Manner(format, "", thinks, one_call=body.parallel_tool_calls is False)
 
     def _text(self, prompt: Prompt) -> str:
         return prompt.text if prompt.text is not None else self._text_model.decode(prompt.tokens)

@@ -1,10 +1,20 @@
-"""How large a decoded JSON value may be that nobody reads: for `fields`, `prompts` and `app`."""
+"""How large a JSON value may be: for `fields`, `prompts` and `app`."""
 
 from typing import Final
 
 MAX_DEPTH: Final = 64
 """Of the arguments of calls, which are JSON within JSON."""
 MAX_VALUES: Final = 4_096
+_BEFORE_VALUES: Final = b",[{"
+
+
+def has_few(body: bytes | bytearray, most: int) -> bool:
+    """Whether a JSON text has at most `most` commas and opening brackets, and so about as many
+    values. Those in its texts count, too: nothing is decoded for it.
+    """
+    if len(body) <= most:
+        return True
+    return len(body) - len(body.translate(None, _BEFORE_VALUES)) <= most
 
 
 def is_small(value: object, depth: int = MAX_DEPTH) -> bool:

@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from common.errors import RequestError
 from router.conversation import Message
@@ -51,6 +51,8 @@ async def completion_prompts(
     for prompt in result:
         if not prompt.tokens:
             raise RequestError(400, "The prompt has no tokens.", param="prompt")
+        if len(prompt.tokens) > limits.context:
+            raise too_long(limits, str(len(prompt.tokens)), "prompt")
         if max(prompt.tokens) >= limits.vocab_size:
             message = f"Token id {max(prompt.tokens)} is not below {limits.vocab_size}."
             raise RequestError(400, message, param="prompt")
@@ -110,6 +112,8 @@ def _texts(prompt: str | list[int] | list[str] | list[list[int]]) -> list[str]:
     """The prompts that are given as text; all of them are, or none."""
     if isinstance(prompt, str):
         return [prompt]
+    if not isinstance(prompt[0], str):
+        return []
     return [part for part in prompt if isinstance(part, str)]
 
 
@@ -117,8 +121,8 @@ def _tokens(prompt: str | list[int] | list[str] | list[list[int]]) -> list[Promp
     """The prompts that are given as token ids."""
     if isinstance(prompt, str):
         return []
-    if numbers := [part for part in prompt if isinstance(part, int)]:
-        return [Prompt(numbers, None)]
+    if isinstance(prompt[0], int):
+        return [Prompt(cast("list[int]", prompt), None)]
     return [Prompt(part, None) for part in prompt if isinstance(part, list)]
 
 

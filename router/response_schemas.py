@@ -30,6 +30,8 @@ class _Part(Strict):
     text: str
     annotations: Free = None
     logprobs: Free = None
+    prompt_cache_breakpoint: Free = None
+    """Accepted without effect, as in chats."""
 
 
 _Parts = Annotated[
@@ -54,12 +56,17 @@ class CallItem(_Item):
     call_id: str
     name: str
     arguments: str
+    caller: Free = None
+    namespace: None = None
 
 
 class CallOutputItem(_Item):
     type: Literal["function_call_output"]
     call_id: str
     output: str | _Parts
+    name: str | None = None
+    caller: Free = None
+    namespace: None = None
 
 
 class ReasoningItem(_Item):
@@ -80,6 +87,11 @@ InputItem = Annotated[
 
 class ResponseTool(FunctionTool):
     type: Literal["function"]
+    allowed_callers: Annotated[list[Literal["direct"]], at_most(1)] | None = Field(
+        None, exclude=True
+    )
+    output_schema: Free = Field(None, exclude=True)
+    """Of what the client answers to a call. Accepted without effect."""
 
 
 class NamedFunction(Strict):
@@ -97,6 +109,8 @@ class ReasoningOptions(Strict):
     summary: str | None = None
     """Accepted without effect: reasoning is shown whole."""
     generate_summary: str | None = None
+    context: Literal["auto"] | None = None
+    mode: Literal["standard"] | None = None
 
 
 class ResponseStreamOptions(Strict):
@@ -158,6 +172,7 @@ class ResponseBody(Labelled):
     background: Free = None
     context_management: Free = None
     conversation: Free = None
+    moderation: Free = None
     previous_response_id: Free = None
     prompt: Free = None
     truncation: Free = None
@@ -174,6 +189,7 @@ NEUTRAL: Final[dict[str, tuple[object, ...]]] = {
     "background": (False,),
     "context_management": ([],),
     "conversation": (),
+    "moderation": (),
     "previous_response_id": (),
     "prompt": (),
     "truncation": ("disabled",),

@@ -52,6 +52,7 @@ _Biases = Annotated[dict[str, _Bias], at_most("logit_bias")]
 _Allowed = Annotated[list[_Token], Field(min_length=1, fail_fast=True), at_most(MAX_ALLOWED)]
 _LogprobIds = Annotated[list[_Token], Field(fail_fast=True), at_most("logit_bias")]
 _BadWords = Annotated[list[_Stop], Field(fail_fast=True), at_most(MAX_BAD_WORDS)]
+_Document = Annotated[dict[str, str], at_most(MAX_METADATA)]
 
 
 class StreamOptions(Strict):
@@ -169,7 +170,9 @@ class ChatBody(SamplingBody):
     parallel_tool_calls: bool | None = None
     reasoning_effort: Annotated[str, Field(max_length=64)] | None = None
     include_reasoning: bool | None = None
-    documents: Annotated[list[dict[str, str]], at_most(MAX_DOCUMENTS)] | None = None
+    documents: (
+        Annotated[list[_Document], Field(fail_fast=True), at_most(MAX_DOCUMENTS)] | None
+    ) = None
     """For the chat template."""
     echo: bool | None = None
     """The answer begins with the last message, if that is the assistant's."""
@@ -180,6 +183,7 @@ class ChatBody(SamplingBody):
     media_io_kwargs: Free = None
     mm_processor_kwargs: Free = None
     modalities: Free = None
+    moderation: Free = None
     prediction: Free = None
     verbosity: Free = None
     web_search_options: Free = None
@@ -243,6 +247,7 @@ NEUTRAL: Final[dict[str, tuple[object, ...]]] = {
     "mm_payload": ("tensors", "none"),
     "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
+    "moderation": (),
     "prediction": (),
     "prompt_embeds": (),
     "repetition_detection": ({},),

@@ -42,7 +42,7 @@ class TextApi:
             "token_strs": names,
         }
 
-    def detokenize(self, data: object, limits: Limits) -> dict[str, Any]:
+    async def detokenize(self, data: object, limits: Limits) -> dict[str, Any]:
         """Raises RequestError (400, 404)."""
         body = parse(DetokenizeBody, data)
         self._check_model(body.model)
@@ -50,7 +50,7 @@ class TextApi:
         if tokens and max(tokens) >= limits.vocab_size:
             message = f"Token id {max(tokens)} is not below {limits.vocab_size}."
             raise RequestError(400, message, param="tokens")
-        return {"prompt": self._text_model.decode(tokens, skip_special_tokens=False)}
+        return {"prompt": await self._text_model.decode_long(tokens)}
 
 
 def no_embeddings() -> RequestError:

@@ -11,6 +11,7 @@ import asyncio
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from router.chat_template import ChatTemplate
 
 LONG_TEXT = 8_000
 """Characters (about 2,000 tokens) of all prompts of a call beyond which a thread encodes them."""
+LONG_TOKENS = 2_000
+"""Token ids beyond which a thread decodes them."""
 NUM_THREADS = 2
 FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 """What a router needs of a Hub checkpoint."""
@@ -81,6 +84,13 @@ class TextModel:
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def decode_long(self, tokens: Sequence[int]) -> str:
+        """Their text, special tokens shown; in a thread where they are many."""
+        decode = partial(self.decode, tokens, skip_special_tokens=False)
+        if len(tokens) <= LONG_TOKENS:
+            return decode()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, decode)
 
     async def encode_all(
         self, texts: Sequence[str], *, add_special_tokens: bool = True

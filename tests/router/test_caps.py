@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 
 from common.config import RouterConfig
@@ -15,7 +16,7 @@ from tests.router.conftest import Deploy
 TEXT: dict[str, Any] = {"prompt": "x", "max_tokens": 1}
 CAPS = Caps(
     n=3, best_of=4, logprobs=2, stop=2, stop_length=5, logit_bias=3, messages=2, body_bytes=4_000,
-    header_bytes=3_000, json_depth=6,
+    header_bytes=3_000, json_depth=6, json_values=400,
 )  # fmt: skip
 Make = Callable[[int], dict[str, Any]]
 
@@ -46,6 +47,10 @@ CASES: list[tuple[str, int, str | None, Make]] = [
         lambda n: {**TEXT, "logit_bias": {str(i): 0 for i in range(n)}},
     ),
     ("completions", CAPS.json_depth, None, deep),
+    (
+        "completions", CAPS.json_values, None,
+        lambda n: {**TEXT, "metadata": {"a": [0] * (n - 4)}},  # each comma and bracket counts
+    ),
     (
         "chat/completions", CAPS.messages, "messages",
         lambda n: {"messages": [{"role": "user", "content": "x"}] * n, "max_tokens": 1},
@@ -99,3 +104,26 @@ def test_every_cap_is_a_flag(name: str) -> None:
     assert getattr(Caps.of(config), name) == 7
     with pytest.raises(ConfigError, match=f"--{flag.replace('_', '-')} must be at least"):
         RouterConfig(**below)
+
+
+async def test_too_many_token_ids_are_not_even_decoded(
+    deploy: Deploy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caps = Caps()
+    async with deploy(prefill=0, caps=caps) as served:
+        (worker,) = served.decodes
+        ids = b"5," * caps.json_values + b"5"
+        decoded: list[int] = []
+        decode: Any = msgspec.json.decode
+
+        def noted(body: bytes, **options: Any) -> Any:
+            decoded.append(len(body))
+            return decode(body, **options)
+
+        monkeypatch.setattr(msgspec.json, "decode", noted)
+        for body in (b'{"prompt": [%b]}', b'{"prompt": [[%b]]}', b'{"nothing": [%b]}'):
+            content = body % ids
+            response = await served.http.post("/v1/completions", content=content)
+            error = response.json()["error"]
+            assert (response.status_code, error["code"]) == (400, "too_many_values")
+        assert not [size for size in decoded if size > len(ids)] and worker.seen == []

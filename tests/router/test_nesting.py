@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from router.nesting import MAX_DEPTH, MAX_VALUES, is_small
+from router.nesting import MAX_DEPTH, MAX_VALUES, has_few, is_small
 
 
 def nested(depth: int) -> Any:
@@ -33,3 +33,13 @@ def test_number_of_values() -> None:
     for _ in range(MAX_DEPTH - 2):
         shared = [shared, shared]
     assert not is_small(shared)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("{}", 1), ("[1,2,3]", 3), ('{"a":[1,{"b":2}]}', 4), ("[[],[]]", 4), ('",[{"', 3), ("1", 0)],
+)
+def test_values_are_counted_in_the_text(text: str, count: int) -> None:
+    body = bytearray(text.encode())
+    assert has_few(body, count) and has_few(bytes(body), count)
+    assert count == 0 or not has_few(body, count - 1)

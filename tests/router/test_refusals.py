@@ -12,12 +12,17 @@ import pytest
 from common.messages import Admit, Prefill
 from router.caps import Caps
 from router.dispatch import Patience
+from router.schemas import ChatBody, parse
 from tests.router.conftest import Deploy
 from tests.router.deployment import MODEL, Deployment, until
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 TEXT = {"prompt": "hi"}
-TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {"name": "f", "parameters": {"type": "object"}},
+}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 BAD_COMPLETIONS: list[tuple[dict[str, Any], str | None, str | None]] = [
     ({}, "prompt", "missing_required_parameter"),
@@ -196,6 +201,7 @@ BAD_CHATS: list[tuple[dict[str, Any], str | None, str | None]] = [
     ({**CHAT, "prompt": "x"}, "prompt", "unknown_parameter"),
     ({**CHAT, "best_of": 2}, "best_of", "unsupported_parameter"),
     ({**CHAT, "documents": [{"a": 1}]}, "documents", "invalid_type"),
+    ({**CHAT, "moderation": {"model": "m"}}, "moderation", "unsupported_parameter"),
     ({**CHAT, "logprob_token_ids": [1]}, "logprob_token_ids", None),
 ]
 FINE: dict[str, Any] = {
@@ -206,6 +212,7 @@ FINE: dict[str, Any] = {
     "request_id": "r", "vllm_xargs": None, "kv_transfer_params": None, "logits_processors": None,
     "guided_decoding_backend": None, "guided_whitespace_pattern": None, "bad_words": [],
     "allowed_token_ids": None, "logprob_token_ids": [], "spaces_between_special_tokens": False,
+    "prompt_cache_options": {"ttl": "30m"},
     "session_id": "s", "stream_interval": 1, "thinking_token_budget": -1, "watermarking": False,
     "repetition_detection": None, "mm_payload": "tensors", "truncation_side": "left",
 }  # fmt: skip
@@ -246,7 +253,9 @@ async def test_nulls_and_fields_without_effect_are_accepted(deploy: Deploy) -> N
     async with deploy() as served:
         plain = await served.http.post("/v1/completions", json={**FINE, **TEXT, "best_of": 1})
         assert plain.status_code == 200, plain.text
-        only_chat = {"tools": [], "tool_choice": "none", "modalities": ["text"]}
+        only_chat = {
+            "tools": [], "tool_choice": "none", "modalities": ["text"], "moderation": None,
+        }  # fmt: skip
         chat = await served.http.post(
             "/v1/chat/completions", json={**FINE, **CHAT, **only_chat, "top_logprobs": None}
         )
@@ -397,3 +406,59 @@ async def test_worker_with_another_tokenizer_is_ignored(
         served.text_id = ours
         await served.add("decode", "friend")
         assert {member.info.id for member in served.service.fleet} == {"prefill-0", "friend"}
+
+
+MARK = {"cache_control": {"type": "ephemeral"}}
+EXTRA = {"provider_specific_fields": {"a": 1}, "extra_content": {"google": {}}}
+OF_CLIENTS: list[dict[str, Any]] = [
+    # lm-eval writes the type of each message.
+    {"role": "system", "content": "be brief", "type": "text"},
+    # Marks for caches: Vercel's SDK, LiteLLM, OpenAI's own.
+    {"role": "user", "content": "hi", **MARK, "id": "msg_1"},
+    {
+        "role": "user",
+        "content": [
+            {"type": "text", "text": "a", **MARK},
+            {"type": "text", "text": "b", "prompt_cache_breakpoint": {"mode": "explicit"}},
+        ],
+    },
+    # Parts of another server's answer as LangChain keeps them, a message of LiteLLM.
+    {
+        "role": "assistant",
+        "content": [{"type": "text", "text": "c", "annotations": [], "index": 0, "id": "m"}],
+        "images": [],
+        "reasoning_items": None,
+        "tool_calls": [
+            {
+                "id": "1",
+                "type": "function",
+                "function": {"name": "f", "arguments": "{}", "provider_specific_fields": None},
+                **EXTRA,
+            }
+        ],
+    },
+    {"role": "tool", "tool_call_id": "1", "content": "5", **MARK},
+]
+
+
+async def test_what_clients_add_changes_nothing(deploy: Deploy) -> None:
+    plain = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "hi"},
+        {"role": "user", "content": [{"type": "text", "text": text} for text in "ab"]},
+        {"role": "assistant", "content": "c", "tool_calls": [CALL]},
+        {"role": "tool", "tool_call_id": "1", "content": "5"},
+    ]
+    marked = {**TOOL, **MARK, "function": {**TOOL["function"], **MARK}}
+    async with deploy() as served:
+        prompts = []
+        for messages, tool in ((plain, TOOL), (OF_CLIENTS, marked)):
+            response = await served.http.post(
+                "/tokenize", json={"messages": messages, "tools": [tool]}
+            )
+            assert response.status_code == 200, response.text
+            prompts.append(response.json()["tokens"])
+        assert prompts[0] == prompts[1]
+    # What the model is told of a tool is the tool alone.
+    body = parse(ChatBody, {"messages": OF_CLIENTS, "tools": [marked]})
+    assert [tool.model_dump(exclude_none=True) for tool in body.callable_tools] == [TOOL]

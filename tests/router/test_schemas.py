@@ -126,6 +126,8 @@ WRONG: list[tuple[type[SamplingBody], Any]] = [
     (CompletionBody, {"prompt": "x", "stop_token_ids": ["x"] * MANY}),
     (CompletionBody, {"prompt": "x", "logit_bias": {str(i): "x" for i in range(100_000)}}),
     (CompletionBody, {"prompt": "x", "bad_words": [[]] * MANY}),
+    (ChatBody, {**message(content="x"), "documents": [{str(i): 0 for i in range(100_000)}]}),
+    (ChatBody, {**message(content="x"), "documents": [{"a": 0}] * schemas.MAX_DOCUMENTS}),
     (CompletionBody, {"prompt": "x", "x" * MANY: 1}),
     (CompletionBody, {"prompt": "x", "model": "x" * MANY}),
 ]

@@ -148,6 +148,34 @@ async def test_what_a_model_chooses_to_call(
         assert choice["message"]["content"]
 
 
+@pytest.mark.parametrize(
+    ("template", "text", "content"),
+    [
+        (HERMES, "So: " + ("<tool_call>" + CALL % "arguments" + "</tool_call>") * 3, "So: "),
+        (MISTRAL, "[TOOL_CALLS][" + ", ".join([CALL % "arguments"] * 2) + "]", None),
+        (LLAMA, "; ".join([CALL % "parameters"] * 2), None),
+    ],
+)
+async def test_one_call_where_parallel_ones_are_not_wanted(
+    router_redis: str, tmp_path: Path, template: str, text: str, content: str | None
+) -> None:
+    ask: dict[str, Any] = {
+        "messages": [QUESTION], "tools": [TOOL], "max_tokens": 400, "parallel_tool_calls": False,
+    }  # fmt: skip
+    async with saying(router_redis, tmp_path / "m", template, text) as served:
+        whole = await served.http.post("/v1/chat/completions", json=ask)
+        (choice,) = whole.json()["choices"]
+        message = choice["message"]
+        assert (message["content"], choice["finish_reason"]) == (content, "tool_calls")
+        (call,) = message["tool_calls"]
+        assert json.loads(call["function"]["arguments"]) == ARGUMENTS
+        await check_stream(served, ask, message, "tool_calls")
+        more = await served.http.post(
+            "/v1/chat/completions", json={**ask, "parallel_tool_calls": None}
+        )
+        assert len(more.json()["choices"][0]["message"]["tool_calls"]) > 1
+
+
 async def check_stream(
     served: Deployment, ask: dict[str, Any], message: dict[str, Any], finish: str
 ) -> None:
