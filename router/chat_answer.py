@@ -59,6 +59,11 @@ class ChatAnswer(Answer):
         self._call_ids: list[list[str]] = [[] for _ in range(self.num_choices)]
 
     @property
+    def _hides(self) -> bool:
+        """Tokens could show the reasoning that is not to be shown."""
+        return not self._options.reasoning and self._manner.thinks is not None
+
+    @property
     def _has_frames(self) -> bool:
         return self._manner.is_plain and super()._has_frames
 
@@ -116,7 +121,7 @@ class ChatAnswer(Answer):
             "finish_reason": self._finish(delta.choice, delta.finish or None),
             "stop_reason": delta.stop_reason,
         }
-        if self._options.token_ids:
+        if self._options.token_ids and not self._hides:
             choice["token_ids"] = delta.tokens
         return choice
 
@@ -175,7 +180,7 @@ class ChatAnswer(Answer):
             "finish_reason": self._finish(index, tally.finish),
             "stop_reason": tally.stop_reason,
         }
-        if self._options.token_ids:
+        if self._options.token_ids and not self._hides:
             choice["token_ids"] = tally.tokens
         return choice
 
@@ -191,7 +196,7 @@ class ChatAnswer(Answer):
         return f"call_{secrets.token_hex(12)}"
 
     def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
-        if self._options.logprobs is None:
+        if self._options.logprobs is None or self._hides:
             return None
         return {
             "content": [

@@ -207,6 +207,15 @@ async def test_reasoning_before_a_call(router_redis: str, tmp_path: Path) -> Non
             message = whole.json()["choices"][0]["message"]
             assert message.get("reasoning_content") == message.get("reasoning") == reasoning
             assert message["content"] is None and len(message["tool_calls"]) == 1
+            shown = {**ask, **options, "logprobs": True, "return_token_ids": True}
+            asked = await served.http.post("/v1/chat/completions", json=shown)
+            (choice,) = asked.json()["choices"]
+            assert (choice["logprobs"] is None) == ("token_ids" not in choice) == (reasoning is None)
+            parts = await served.openai.chat.completions.create(
+                model=MODEL, stream=True, logprobs=True, extra_body=options, **ask
+            )
+            seen = [part.choices[0].logprobs is not None async for part in parts]
+            assert any(seen) == (reasoning is not None)
 
 
 R1 = """\
