@@ -8,6 +8,7 @@ when it is over its time or dies of its memory; a new one serves the next. Owned
 import asyncio
 import os
 import sys
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ MAX_REMEMBERED: Final = 512
 MAX_REMEMBERED_BYTES: Final = 16 << 20
 START_S: Final = 60.0
 """How long a process may take to read the tokenizer."""
+RETRY_S: Final = 60.0
+"""How long a grammar is not tried again whose process was ended: the machine may have been busy."""
 _LINE: Final = 64 << 20
 
 
@@ -35,6 +38,15 @@ class Constraint:
     text: str
     param: str
     """What the client called it."""
+
+
+class EndedError(GrammarError):
+    """The process that compiled it had to be ended."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.until = time.monotonic() + RETRY_S
+        """When it may be tried again."""
 
 
 class _Answer(msgspec.Struct):
@@ -54,13 +66,14 @@ class Grammars:
     async def compile(self, constraint: Constraint, vocab_size: int, eos: Sequence[int]) -> str:
         """The grammar for the workers. Raises RequestError (400)."""
         key = (constraint.kind, constraint.text)
-        result = self._known.get(key)
+        result = self._recall(key)
         if result is None:
             async with self._seats:
-                result = await self._ask(constraint, vocab_size, eos)
-            self._remember(key, result)
-        else:
-            self._known.move_to_end(key)
+                # Others may have asked the same, and waited less.
+                result = self._recall(key)
+                if result is None:
+                    result = await self._ask(constraint, vocab_size, eos)
+                    self._remember(key, result)
         if isinstance(result, GrammarError):
             message = f"Invalid '{constraint.param}': {result}"
             raise RequestError(400, message, param=constraint.param, code="invalid_grammar")
@@ -71,9 +84,17 @@ class Grammars:
             await _end(process)
         self._free.clear()
 
+    def _recall(self, key: tuple[str, str]) -> str | GrammarError | None:
+        result = self._known.get(key)
+        if isinstance(result, EndedError) and time.monotonic() > result.until:
+            return None
+        if result is not None:
+            self._known.move_to_end(key)
+        return result
+
     def _remember(self, key: tuple[str, str], result: str | GrammarError) -> None:
         if key in self._known:
-            return
+            self._num_bytes -= _size(key, self._known.pop(key))
         self._known[key] = result
         self._num_bytes += _size(key, result)
         while len(self._known) > MAX_REMEMBERED or self._num_bytes > MAX_REMEMBERED_BYTES:
@@ -91,10 +112,10 @@ class Grammars:
             async with asyncio.timeout(self._timeout_s):
                 line = await process.stdout.readline()
             if not line:
-                return GrammarError("it is too complex: compiling takes too much memory")
+                return EndedError("it is too complex: compiling takes too much memory")
             done = True
         except TimeoutError:
-            return GrammarError(f"it is too complex: compiling takes over {self._timeout_s:g} s")
+            return EndedError(f"it is too complex: compiling takes over {self._timeout_s:g} s")
         finally:
             # Whatever interrupts this, also a client that leaves: no answer is left unread.
             if done:
