@@ -193,7 +193,10 @@ class Request:
     @property
     def num_bytes(self) -> int:
         """About what it takes in memory."""
-        return 12 * len(self.prompt) + len(self.params.grammar) + 16 * len(self.params.logit_bias)
+        params = self.params
+        num_bad = sum(map(len, params.bad_words))
+        of_params = len(params.grammar) + len(params.allowed_tokens) + 32 * num_bad
+        return 12 * len(self.prompt) + 16 * len(params.logit_bias) + of_params
 
     @property
     def num_outputs(self) -> int:

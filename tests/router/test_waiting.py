@@ -146,3 +146,13 @@ def test_what_is_as_large_as_a_miss_is_one_too(text_model: TextModel) -> None:
     picky.request.refused.add("d")
     misses.add(picky)
     assert entry(20) not in misses
+
+
+def test_what_a_request_carries_counts(text_model: TextModel) -> None:
+    plain = request(text_model).num_bytes
+    large: dict[str, Any] = {
+        "allowed_tokens": bytes(4_000), "bad_words": ((5,) * 200,), "grammar": "x" * 5_000,
+        "logit_bias": tuple((token, 1.0) for token in range(300)),
+    }  # fmt: skip
+    for name, value in large.items():
+        assert request(text_model, **{name: value}).num_bytes >= plain + 4_000, name
