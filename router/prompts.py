@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Final, cast
 
 from common.errors import RequestError
 from router.conversation import Message
@@ -10,6 +10,9 @@ from router.fleet import Limits
 from router.nesting import is_small
 from router.schemas import ChatBody, CompletionBody, SamplingBody
 from router.tokenizer import TextModel
+
+_END: Final = "\ue000end\ue001"
+"""Stands behind a message that is to be continued while a template renders it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,8 @@ async def chat_prompt(body: ChatBody, text_model: TextModel, limits: Limits) -> 
     messages = [_plain(message, template.knows_developer) for message in body.messages]
     if body.truncate_prompt_tokens is None:
         _check_length("".join(m["content"] for m in messages), text_model, limits, "messages")
+    if body.continue_final_message:
+        messages[-1]["content"] += f"{_END} "
     tools = None
     if body.offers_tools:
         tools = [tool.model_dump(exclude_none=True) for tool in body.callable_tools]
@@ -89,7 +94,7 @@ async def chat_prompt(body: ChatBody, text_model: TextModel, limits: Limits) -> 
     opens = body.add_generation_prompt is not False and not body.continue_final_message
     text = template.render(messages, opens, tools, variables, body.documents)
     if body.continue_final_message:
-        text = _unfinished(text, messages[-1]["content"])
+        text = _unfinished(text)
     special = body.add_special_tokens is True  # the template has them already
     (tokens,) = await text_model.encode_all([text], add_special_tokens=special)
     tokens = truncated(tokens, body, limits)
@@ -98,14 +103,14 @@ async def chat_prompt(body: ChatBody, text_model: TextModel, limits: Limits) -> 
     return Prompt(tokens, text)
 
 
-def _unfinished(text: str, content: str) -> str:
-    """A conversation that ends within its last message."""
-    content = content.strip()
-    place = text.rfind(content) if content else -1
+def _unfinished(text: str) -> str:
+    """A conversation that ends where its last message does. What a template takes off the end of
+    messages it takes off this one."""
+    place = text.rfind(_END)
     if place < 0:
-        message = "The chat template does not show the final message, or it is empty."
+        message = "The chat template does not show the final message."
         raise RequestError(400, message, param="continue_final_message")
-    return text[: place + len(content)]
+    return text[:place] if text.startswith(f"{_END} ", place) else text[:place].rstrip()
 
 
 def _texts(prompt: str | list[int] | list[str] | list[list[int]]) -> list[str]:
