@@ -3,10 +3,11 @@ tools that must be called. Called by `router.intake`; compiled by `router.gramma
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from common.errors import RequestError
+from router.fields import SHOWN
 from router.grammars import Constraint
 from router.schemas import ChatBody, SamplingBody
 from router.subschema import embedded
@@ -92,13 +93,19 @@ def _response_format(value: object) -> tuple[str, object] | None:
         raise _invalid(param, "it is not an object")
     match value.get("type"):
         case "text":
+            _check_keys(param, value, ("type",))
             return None
         case "json_object":
+            _check_keys(param, value, ("type",))
             return "json", {"type": "object"}
         case "json_schema":
             described = value.get("json_schema")
             if not isinstance(described, dict):
                 raise _invalid(param, "'json_schema' is missing or not an object")
+            _check_keys(param, value, ("type", "json_schema"))
+            _check_keys(param, described, ("name", "description", "schema", "strict"))
+            if not isinstance(described.get("name"), str):
+                raise _invalid(param, "the 'name' of the schema is missing or not a string")
             schema = described.get("schema")
             if schema is None:
                 return "json", {"type": "object"}
@@ -106,6 +113,13 @@ def _response_format(value: object) -> tuple[str, object] | None:
                 raise _invalid(param, "'json_schema.schema' is not an object")
             return "json", schema
     raise _invalid(param, "'type' is one of text, json_object, json_schema")
+
+
+def _check_keys(param: str, given: Mapping[str, object], known: Sequence[str]) -> None:
+    """What nobody reads may not look as if it were followed: a schema of a `json_object`, say."""
+    for name, value in given.items():
+        if value is not None and name not in known:
+            raise _invalid(param, f"'{name[:SHOWN]}' is unknown here")
 
 
 def _tools(body: ChatBody) -> Mapping[str, Any] | None:

@@ -127,7 +127,7 @@ def _tokens(prompt: str | list[int] | list[str] | list[list[int]]) -> list[Promp
     if isinstance(prompt, str):
         return []
     if isinstance(prompt[0], int):
-        return [Prompt(cast("list[int]", prompt), None)]
+        return [Prompt(cast(list[int], prompt), None)]
     return [Prompt(part, None) for part in prompt if isinstance(part, list)]
 
 

@@ -106,6 +106,16 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str | None, str | None]] = [
     ({**TEXT, "truncate_prompt_tokens": 0}, "prompt", None),
     ({**TEXT, "use_beam_search": True}, "use_beam_search", "unsupported_parameter"),
     ({**TEXT, "response_format": {"type": "xml"}}, "response_format", "invalid_value"),
+    *(
+        ({**TEXT, "response_format": {"type": kind, **more}}, "response_format", "invalid_value")
+        for kind, more in (
+            ("json_object", {"schema": {"type": "object"}}),
+            ("text", {"schema": {"type": "object"}}),
+            ("json_schema", {"json_schema": {"schema": {"type": "object"}}}),
+            ("json_schema", {"json_schema": {"name": "s", "shema": {"type": "object"}}}),
+            ("json_schema", {"json_schema": {"name": "s"}, "schema": {"type": "object"}}),
+        )
+    ),
     ({**TEXT, "model": 5}, "model", "invalid_type"),
     ({**TEXT, "cache_salt": "x" * 257}, "cache_salt", "invalid_value"),
     ({**TEXT, "cache_salt": ""}, "cache_salt", "invalid_value"),
