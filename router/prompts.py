@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import dataclass
-from typing import Any, Final, cast
+from typing import Any, Final
 
 from common.errors import RequestError
 from router.conversation import Message
@@ -127,7 +127,7 @@ def _tokens(prompt: str | list[int] | list[str] | list[list[int]]) -> list[Promp
     if isinstance(prompt, str):
         return []
     if isinstance(prompt[0], int):
-        return [Prompt(cast(list[int], prompt), None)]
+        return [Prompt(prompt, None)]
     return [Prompt(part, None) for part in prompt if isinstance(part, list)]
 
 

@@ -170,9 +170,9 @@ class ChatBody(SamplingBody):
     parallel_tool_calls: bool | None = None
     reasoning_effort: Annotated[str, Field(max_length=64)] | None = None
     include_reasoning: bool | None = None
-    documents: (
-        Annotated[list[_Document], Field(fail_fast=True), at_most(MAX_DOCUMENTS)] | None
-    ) = None
+    documents: Annotated[list[_Document], Field(fail_fast=True), at_most(MAX_DOCUMENTS)] | None = (
+        None
+    )
     """For the chat template."""
     echo: bool | None = None
     """The answer begins with the last message, if that is the assistant's."""

@@ -210,7 +210,9 @@ async def test_reasoning_before_a_call(router_redis: str, tmp_path: Path) -> Non
             shown = {**ask, **options, "logprobs": True, "return_token_ids": True}
             asked = await served.http.post("/v1/chat/completions", json=shown)
             (choice,) = asked.json()["choices"]
-            assert (choice["logprobs"] is None) == ("token_ids" not in choice) == (reasoning is None)
+            assert (
+                (choice["logprobs"] is None) == ("token_ids" not in choice) == (reasoning is None)
+            )
             parts = await served.openai.chat.completions.create(
                 model=MODEL, stream=True, logprobs=True, extra_body=options, **ask
             )
