@@ -80,8 +80,11 @@ class Arrivals(Intake):
             return
         wanted = [i for i, block in enumerate(landing.slots) if block is not None]
         if len(wanted) > self.slots.count:  # of a sender that does not keep to its window
-            await payload.copy(())
-            self._receiver.landed(landing, [None] * len(landing.slots), time.monotonic())
+            try:
+                await payload.copy(())
+            finally:
+                nothing = [None] * len(landing.slots)
+                self._receiver.landed(landing, nothing, time.monotonic())
             return
         self._copies[payload] = landing
         digests: list[int | None] = [None] * len(landing.slots)

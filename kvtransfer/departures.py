@@ -94,8 +94,8 @@ class Departures:
         connection is still sending something."""
         for peer in {*self._queues, *self._sent}:
             queue, sent = self._queues.get(peer, deque()), self._sent.get(peer, [])
-            done = [d for d in queue if self._is_over(d)]
-            done += [d for d in sent if self._is_over(d) or self._is_done(d, reading)]
+            done = [d for d in queue if self._is_over(peer, d)]
+            done += [d for d in sent if self._is_over(peer, d) or self._is_done(d, reading)]
             if done:
                 self._drop(done)
                 gone = set(map(id, done))
@@ -123,19 +123,20 @@ class Departures:
             self.lost(peer)
 
     def _next_cut(self, peer: Peer, now: float) -> Cut | None:
-        """A receiver that does not take what it was sent must not keep all slots from the others:
-        it gets half of them, unless one of its blocks alone needs more."""
+        """Receivers that do not take what they were sent must not keep all slots from the others:
+        each may hold as many as it leaves free, unless one of its blocks alone needs more. So one
+        gets half of all, and whoever comes next, or gets few, is before those that hold many."""
         own = (*self._queues.get(peer, ()), *self._sent.get(peer, ()))
         held = sum(len(departure.places) for departure in own)
         free = self.slots.num_free
-        share = min(free, max(0, self.slots.count // 2 - held))
+        share = max(0, free - held + 1) // 2
         cut = self._sender.next_cut(peer, now, share)
         if cut is None and not held and share < free:
             cut = self._sender.next_cut(peer, now, free)
         return cut
 
-    def _is_over(self, departure: Departure) -> bool:
-        return not self._sender.is_live(departure.cut.transfer.id)
+    def _is_over(self, peer: Peer, departure: Departure) -> bool:
+        return not self._sender.is_live(peer, departure.cut.transfer.id)
 
     def _is_done(self, departure: Departure, reading: Collection[int]) -> bool:
         """All of it landed; or the receiver asked anew for what did not, so that what is late of

@@ -402,9 +402,10 @@ class Endpoint:
             return
         self._intake.abandon_ended()
         reading: set[int] = set()
-        for outlet in [channel.outlet for channel in self._channels.values()]:
+        outlets = [(peer, channel.outlet) for peer, channel in self._channels.items()]
+        for peer, outlet in outlets:
             if outlet is not None and outlet.reading is not None:
-                if self._sender.is_live(outlet.reading):
+                if self._sender.is_live(peer, outlet.reading):
                     reading.add(outlet.reading)
                 else:
                     outlet.abandon()

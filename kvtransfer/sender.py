@@ -82,9 +82,10 @@ class Sender:
     def num_live(self) -> int:
         return len(self._keys)
 
-    def is_live(self, transfer: int) -> bool:
-        """Whether the blocks of this transfer may be read."""
-        return any(transfer in link.transfers for link in self.links.values())
+    def is_live(self, peer: Peer, transfer: int) -> bool:
+        """Whether the blocks of this transfer to `peer` may be read."""
+        link = self.links.get(peer)
+        return link is not None and transfer in link.transfers
 
     # ------------------------------------------------------------ from the engine
 

@@ -12,9 +12,10 @@ With a pool on CPU the same copies are made at once: for tests, and to measure w
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import suppress
 from typing import Final
 
+import numpy as np
 import torch
 
 from common.errors import ConfigError
@@ -63,7 +64,8 @@ class KvStage:
         if device.type == "cuda":
             new = torch.cuda.Stream
             self._streams = (new(device), new(device))  # type: ignore[no-untyped-call]
-            _pin(flat)
+            with torch.cuda.device(device):  # another one would set up memory of its own
+                _pin(flat, device)
 
     def slab(self, slot: int) -> memoryview:
         """Writable bytes of one slot."""
@@ -84,14 +86,15 @@ class KvStage:
     def _copy(
         self, pairs: Sequence[tuple[int, int]], source: torch.Tensor, target: torch.Tensor, way: int
     ) -> "Done | torch.cuda.Event":
-        on_stream: AbstractContextManager[object] = nullcontext()
-        if self._streams is not None:
-            on_stream = torch.cuda.stream(self._streams[way])
-        with torch.inference_mode(), on_stream:
+        if self._streams is None:
+            # By this thread alone: torch would have all of its threads meet for each copy.
+            there, here = target.numpy(), source.numpy()
+            for start, at, count in runs(pairs):
+                np.copyto(there[at : at + count], here[start : start + count])
+            return Done()
+        with torch.inference_mode(), torch.cuda.stream(self._streams[way]):
             for start, at, count in runs(pairs):
                 target[at : at + count].copy_(source[start : start + count], non_blocking=True)
-            if self._streams is None:
-                return Done()
             # blocking: who waits for it leaves the core to others.
             event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             event.record(self._streams[way])
@@ -112,10 +115,13 @@ def runs(pairs: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
         yield start, at, count
 
 
-def _pin(memory: torch.Tensor) -> None:
-    """Let the GPU read and write it directly, for the life of the process. Without that copies
-    are right, but slower and not beside the compute."""
+def _pin(memory: torch.Tensor, device: torch.device) -> None:
+    """Let the GPU, which is the current one, read and write it directly, for the life of the
+    process. Without that copies are right, but slower and not beside the compute."""
     runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     error = int(runtime.cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
     if error != 0:
         log.warning("host memory cannot be pinned (CUDA error %d): copies are slower", error)
+        # CUDA shows the error again to whoever launches the next kernel: here nobody minds.
+        with suppress(RuntimeError):
+            torch.ones(1, device=device)

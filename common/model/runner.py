@@ -76,6 +76,8 @@ class ModelRunner:
         self._decoder = open_decoder(
             spec, weights, pool, kernels, threads or torch.get_num_threads()
         )
+        launching = self._decoder if isinstance(self._decoder, Launching) else None
+        self._launching: Launching | None = launching  # known once: to ask takes a while
         self._sampler = Sampler(
             spec.vocab_size, spec.eos_token_ids, guides, self._decoder.draw_random
         )
@@ -92,7 +94,7 @@ class ModelRunner:
     @property
     def overlaps(self) -> bool:
         """Whether a GPU computes a step while the caller of `launch` does something else."""
-        return self.pool.tensor.device.type == "cuda" and isinstance(self._decoder, Launching)
+        return self.pool.tensor.device.type == "cuda" and self._launching is not None
 
     @torch.inference_mode()
     def launch(self, rows: Sequence[Row]) -> "LaunchedStep":
@@ -131,8 +133,8 @@ class ModelRunner:
         sampling = [i for i, row in enumerate(rows) if row.samples]
         greedy = [all(map(self._sampler.takes_best, rows[i].samples)) for i in sampling]
         launched: LaunchedRows
-        if isinstance(self._decoder, Launching):
-            launched = self._decoder.launch(rows, sampling, greedy)
+        if self._launching is not None:
+            launched = self._launching.launch(rows, sampling, greedy)
         else:
             launched = Computed(self._decoder.compute(rows, sampling, greedy))
         return _Computing(sampling, greedy, launched)

@@ -371,7 +371,7 @@ class Simulation:
                 pairs = zip(blocks, offered, strict=True)
                 return [source.read([b]) if source.generations[b] == g else None for b, g in pairs]
             if self.way == "lazy" and not damaged and source.alive and not source.paused:
-                live = source.sender.is_live(shipment.header.transfer)
+                live = source.sender.is_live(connection.peer, shipment.header.transfer)
                 return split(source.read(blocks) if live else bytes(len(payload)))
             return split(payload)
 

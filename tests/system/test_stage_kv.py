@@ -18,6 +18,8 @@ pytestmark = pytest.mark.system
 
 STAGED = ("--stage-kv", "--stage-memory", "1K")
 """As few slots as there can be: 16 in each direction."""
+PATIENT = ("--dead-after", "30", "--stall-s", "30", "--lease-s", "60", "--router-silence-s", "60")
+"""Nobody is given up because the machine is busy: a lone decode worker that is fails requests."""
 SAMPLED = {"temperature": 0.9, "top_p": 0.95, "seed": 5, "n": 2}
 
 
@@ -29,6 +31,7 @@ async def slots_free(client: httpx.AsyncClient) -> None:
             await asyncio.sleep(0.05)
 
 
+@pytest.mark.timeout(600)  # two deployments, each of which may take long to start
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
 async def test_staged_pools_change_no_token(checkpoint: MakeCheckpoint, transport: str) -> None:
     model = checkpoint("llama")
@@ -40,7 +43,7 @@ async def test_staged_pools_change_no_token(checkpoint: MakeCheckpoint, transpor
     count = 1 if transport == "shm" else 2
     for flags in ((), STAGED):
         with deployment(
-            model, "--transport", transport, *flags, prefill=count, decode=count
+            model, "--transport", transport, *PATIENT, *flags, prefill=count, decode=count
         ) as served:
             async with http(served.url) as client:
                 greedy = await complete_all(client, prompts, 12, max_tokens=12)

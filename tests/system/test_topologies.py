@@ -47,6 +47,7 @@ async def answers_of(url: str, prompts: Sequence[list[int]]) -> list[list[dict[i
     return [[answer.tokens for answer in run] for run in runs]
 
 
+@pytest.mark.timeout(600)  # three deployments, each of which may take long to start
 async def test_every_topology_gives_the_same_tokens(checkpoint: MakeCheckpoint) -> None:
     model = checkpoint("llama")
     prompts = some_prompts()

@@ -13,6 +13,7 @@ from tests.system.serving import complete_all, deployment, settled, worker_metri
 pytestmark = [pytest.mark.system, *UCX.marks]
 
 
+@pytest.mark.timeout(600)  # two deployments, each of which may take long to start
 async def test_the_same_tokens_as_over_zmq(checkpoint: MakeCheckpoint) -> None:
     model = checkpoint("llama")
     rng = random.Random(5)
