@@ -28,6 +28,10 @@ class Channel:
         the loop then watches nothing of it."""
         self.caller = caller
         self.outlet: Outlet | None = None
+        self.connected_at = 0.0
+        """When `outlet` was connected."""
+        self.patience: asyncio.Timeout | None = None
+        """With `outlet`; when it is over there is to be another one."""
         self.has_carrier = False
         """A loop of the endpoint keeps `outlet` connected."""
         self.tasks: list[asyncio.Task[None]] = []

@@ -10,6 +10,7 @@ control DEALER and a data outlet.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import Counter
@@ -46,7 +47,7 @@ from kvtransfer.sockets import ControlSocket
 from kvtransfer.staging import Waiting, halves
 from kvtransfer.stats import TransferStats
 from kvtransfer.timers import Timers
-from kvtransfer.transport import Listener, Stream
+from kvtransfer.transport import Listener, Outlet, Stream
 from kvtransfer.transports import connect, listen, offered
 
 log = logging.getLogger("tandem.transfer")
@@ -245,6 +246,7 @@ class Endpoint:
             now = time.monotonic()
             self._sender.tick(now)
             self._receiver.tick(now)
+            self._replace_stalled()
             self._flush()
             for part in (self._departures, self._arrivals):
                 if part is not None:
@@ -364,10 +366,9 @@ class Endpoint:
             if outlet is not None:
                 note = f" ({failures})" if failures else ""
                 log.info("KV blocks to %s go over %s%s", peer.id, outlet.transport, note)
-                channel.outlet = outlet
+                channel.outlet, channel.connected_at = outlet, now
                 self._flush()
-                while await outlet.changed():
-                    self._flush()
+                await self._until_lost(outlet, channel)
                 channel.outlet = None
                 outlet.close()
                 if self._departures is not None:
@@ -382,6 +383,25 @@ class Endpoint:
                 self._sender.lost(peer, f"no data connection: {failures}", now)
             self._flush()
             await asyncio.sleep(pause_s)
+
+    async def _until_lost(self, outlet: Outlet, channel: Channel) -> None:
+        """Or until it is to be replaced."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(None) as channel.patience:
+                while await outlet.changed():
+                    self._flush()
+        channel.patience = None
+
+    def _replace_stalled(self) -> None:
+        """A network may lose a connection without a word; the kernel then tries for very long."""
+        for peer, link in self._sender.links.items():
+            channel = self._channels.get(peer)
+            if channel is None or channel.patience is None:
+                continue
+            if link.stalled_at > channel.connected_at:
+                log.warning("nothing lands at %s: the data connection is made again", peer.id)
+                channel.patience.reschedule(0.0)
+                channel.patience = None
 
     def _num_futile(self, peer: Peer, connected_at: float, before: int) -> int:
         """Connections in a row on which nothing landed though there was something to send, after

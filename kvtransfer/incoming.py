@@ -44,7 +44,7 @@ class Incoming:
     """Positions that are being copied at this moment."""
     first: tuple[First, ...] | None = None
     moved_at: float = 0.0
-    """When the ticket was given, or a block landed last."""
+    """When the ticket was given, the first tokens came, or a block landed last."""
     reason: str = ""
     """Why it is ENDING."""
 

@@ -45,6 +45,9 @@ class OutgoingLink:
     progress_at: float = float("-inf")
     moved_at: float = float("-inf")
     """When a block of any transfer landed last."""
+    stalled_at: float = float("-inf")
+    """When a transfer was last given up since nothing landed: the data connection may have been
+    lost without a word."""
     used_at: float = 0.0
     transfers: dict[int, Outgoing] = field(default_factory=dict)
     fetches: dict[Key, Asking] = field(default_factory=dict)

@@ -19,6 +19,7 @@ from kvtransfer import protocol as p
 from kvtransfer.commands import (
     Arrived,
     Decline,
+    First,
     Grant,
     Key,
     ReceiverCommand,
@@ -231,7 +232,7 @@ class Receiver:
             answer = self._ended.get(close.transfer) or p.Nack(close.transfer, "gone")
             self.outbox.append((source.route, answer))
         elif transfer.state is State.GRANTED:
-            transfer.first = close.first
+            self._take_first(transfer, close.first, now)
             if not self._arrive(transfer, now):
                 self._repair(transfer, now)
 
@@ -267,7 +268,7 @@ class Receiver:
             self._repair(transfer, now)
             return None
         if header.end is not None:
-            self._take_end(transfer, header.end, header.round)
+            self._take_end(transfer, header, header.end, now)
         slots: list[int | None] = []
         for block in header.blocks:
             objection = transfer.objection(block, block_size)
@@ -282,14 +283,20 @@ class Receiver:
             return None
         return Landing(transfer, header, tuple(slots))
 
-    def _take_end(self, transfer: Incoming, end: p.End, round: int) -> None:
+    def _take_end(self, transfer: Incoming, header: p.DataHeader, end: p.End, now: float) -> None:
         """What came before this message has landed or is lost; what is in it is not."""
         first = end.read()
         if first is None:
             self._stats.digest_errors += 1
             return
+        self._take_first(transfer, first, now)
+        transfer.fenced_round = max(transfer.fenced_round, header.round)
+
+    def _take_first(self, transfer: Incoming, first: tuple[First, ...], now: float) -> None:
+        """What is still missing is on its way now, however long it took to compute."""
+        if transfer.first is None:
+            transfer.moved_at = now
         transfer.first = first
-        transfer.fenced_round = max(transfer.fenced_round, round)
 
     def landed(self, landing: Landing, digests: Sequence[int | None], now: float) -> None:
         """The copy of an accepted message is over. `digests` are of the slabs as written, None

@@ -438,6 +438,8 @@ class Sender:
     def _break(
         self, link: OutgoingLink, transfer: Outgoing, reason: str, detail: str, now: float
     ) -> None:
+        if reason == "stalled" and transfer.is_waiting:
+            link.stalled_at = now
         self._forget(link, transfer, reason, now)
         self._stats.broken[reason] += 1
         self.events.append(Broken(transfer.key, reason, detail))

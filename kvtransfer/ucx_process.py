@@ -49,6 +49,9 @@ POLL_MS: Final = int(m.ALIVE_S * 1000)
 MAX_GRAVES: Final = 1000
 """Endpoints of connections that are over: with so many the helper ends, and the worker starts
 another one. Each keeps memory of UCX, tens of kilobytes."""
+MAX_LEAVING: Final = 128
+"""Shipments to lost peers that do not come to an end, as endpoints for bodies do not say that a
+peer is gone: the same holds for them. Each keeps what it reads."""
 
 
 class Gone(Exception):
@@ -139,6 +142,8 @@ class Helper:
             for requests, data in self._leaving
             if not all(request.completed for request in requests)
         ]
+        if len(self._leaving) > MAX_LEAVING:
+            raise SystemExit("too many shipments to lost peers do not come to an end")
         for stranger in list(self._strangers):
             side, tag, request, data = stranger
             if request.completed:

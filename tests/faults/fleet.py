@@ -104,6 +104,8 @@ class Fleet:
         self.fetching = 0.0
         """Probability that whoever prefills is told to fetch from another worker first, and half
         of it that the decode worker prefills."""
+        self.scored = 0.0
+        """Probability that a request wants log-probabilities: its first token needs a Close."""
         self.clock_s = 0.0
         """Seconds by a clock that stands still while this process gets no processor: a starved
         machine is not taken for a hang."""
@@ -208,7 +210,9 @@ class Fleet:
     ) -> Request:
         """`on`: where it is placed first, as in `send`; at random without."""
         params = SamplingParams(
-            max_tokens=max_tokens, seed=self.random.getrandbits(32) if seed is None else seed
+            max_tokens=max_tokens,
+            seed=self.random.getrandbits(32) if seed is None else seed,
+            logprobs=0 if self.scored and self.random.random() < self.scored else None,
         )
         request = Request(len(self.requests) + 1, prompt, params)
         self.requests.append(request)

@@ -52,12 +52,15 @@ async def injected(workers: Fleet, life: Life, name: str, at_least: float) -> fl
         ("shm", "begin.after"),
         pytest.param("tcp", "grant.after", marks=pytest.mark.full),
         ("zmq", "land.before"),
+        ("tcp", "closed.before"),
+        pytest.param("shm", "closed.after", marks=pytest.mark.full),
         pytest.param("tcp", "arrive.after", marks=pytest.mark.full),
     ],
 )
 async def test_killed_decode_worker_frees_the_prefill_worker(way: str, step: str) -> None:
     """F4: the router says nothing; P's blocks come back by themselves."""
     async with fleet(way) as workers:
+        workers.scored = float(step.startswith("closed"))
         await workers.birth("prefill")
         victim = await workers.birth("decode", die_at=step)
         workers.resumes = False
@@ -90,6 +93,23 @@ async def test_killed_prefill_worker_frees_the_decode_worker(way: str, step: str
         assert await nothing_held(workers, VERDICT_S) <= VERDICT_S
         assert request.tokens == request.tokens[:1]  # P's own first token
         request.outcome = "cancelled"
+        await check(workers, {"kills": (victim.code == -signal.SIGKILL, 1)})
+
+
+async def test_killed_prefill_worker_that_waits_for_blocks() -> None:
+    """F3: it has no ticket yet; D forgets it, and goes on with what it holds."""
+    async with fleet("tcp") as workers:
+        victim = await workers.birth("prefill", die_at="waiting.after")
+        await workers.birth("decode", num_blocks=10, step_s=0.02)
+        workers.resumes = False
+        running = workers.submit(list(range(80)), 40)
+        await workers.until(lambda: len(running.tokens) > 1)
+        await workers.arm(victim)
+        waiting = workers.submit(list(range(100, 180)), 8)
+        await workers.until(lambda: victim.code is not None)
+        assert await nothing_held(workers, VERDICT_S) <= VERDICT_S
+        assert waiting.tokens == waiting.tokens[:1]  # P's own first token
+        running.outcome = waiting.outcome = "cancelled"
         await check(workers, {"kills": (victim.code == -signal.SIGKILL, 1)})
 
 

@@ -51,6 +51,7 @@ from tests.kvtransfer.pool import BLOCK_SIZE, BytePool, identity
 BLOCK_BYTES = 32
 NUM_BLOCKS = 14
 Event = SenderEvent | ReceiverEvent
+RESTS = 0.12
 FETCH = 2
 """`attempt` of the keys of fetches."""
 Command = SenderCommand | ReceiverCommand
@@ -93,6 +94,8 @@ class SimulatedWorker:
     timers: Timers
     calm: bool = False
     """The engines neither abort, revoke nor refuse."""
+    rests: float = RESTS
+    """Probability that a prompt gets no chunk for a while after one."""
     alive: bool = True
     paused: bool = False
     silent_since: float | None = None
@@ -221,7 +224,7 @@ class SimulatedWorker:
             if prompt.rest and not self.calm:
                 prompt.rest -= 1
                 continue
-            if self.random.random() < 0.12:
+            if self.random.random() < self.rests:
                 prompt.rest = 30  # about six seconds: longer than the lease
             refs = prompt.refs(self.random.randint(1, 3))
             for ref in refs:

@@ -22,7 +22,13 @@ from kvtransfer.commands import Abort, Key, SenderCommand
 from kvtransfer.outgoing import Shipment
 from kvtransfer.timers import Timers
 from tests.kvtransfer.pool import BLOCK_SIZE
-from tests.kvtransfer.simulated_worker import BLOCK_BYTES, FETCH, Command, SimulatedWorker
+from tests.kvtransfer.simulated_worker import (
+    BLOCK_BYTES,
+    FETCH,
+    RESTS,
+    Command,
+    SimulatedWorker,
+)
 
 TIMERS = Timers.of(TimerConfig(heartbeat_s=1, dead_after=3, lease_s=2.5, stall_s=1.5))
 FAULTY_S = 7.0
@@ -83,9 +89,10 @@ class Connection:
 
 
 class Simulation:
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, faults: Faults | None = None, rests: float = RESTS) -> None:
         self.random = Random(seed)
-        self.faults = Faults.draw(self.random)
+        self.faults = Faults.draw(self.random) if faults is None else faults
+        self.rests = rests
         self.way = self.random.choice(WAYS)
         self.now = 0.0
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
@@ -132,6 +139,7 @@ class Simulation:
         epoch = self.random.getrandbits(62)
         worker = SimulatedWorker(id, epoch, self.random, TIMERS)
         worker.calm = self.faults == Faults()
+        worker.rests = self.rests
         worker.receiver.data = {"sim": id}
         worker.active_since = self.now
         self.workers[id] = worker
@@ -491,14 +499,19 @@ class Simulation:
                 assert how != "delivered" or key in arrived, key
 
 
-def simulate(seed: int) -> Simulation:
-    simulation = Simulation(seed)
+def simulate(seed: int, faults: Faults | None = None, rests: float = RESTS) -> Simulation:
+    """`faults`: these, in place of those that the seed draws; `rests`: of the workers."""
+    simulation = Simulation(seed, faults, rests)
     try:
         simulation.run()
     except Exception as error:
         error.add_note(
             f"{simulation.way}, {simulation.faults}, at {simulation.now:.3f} s; replay it:\n"
-            f"    python -m tests.kvtransfer.simulation --start {seed} --seeds 1"
+            + (
+                f"    python -m tests.kvtransfer.simulation --start {seed} --seeds 1"
+                if faults is None
+                else f"    simulate({seed}, {faults}, {rests})"
+            )
         )
         raise
     return simulation

@@ -85,6 +85,38 @@ async def test_a_black_hole_in_the_data_path_is_a_stall(transport: str) -> None:
         assert (broken.key, returned.key, returned.landed) == (KEY, KEY, (0,))
 
 
+@BETWEEN_HOSTS
+async def test_a_data_connection_that_is_lost_without_a_word(transport: str) -> None:
+    """It costs the transfers that stall; those after them go over another one."""
+    timers = TimerConfig(heartbeat_s=5, lease_s=20, stall_s=0.6)
+    p, d = Node("p", 1, timers=timers), Node("d", 2, timers=timers)
+    async with running(p, d), proxy(d.endpoint._receiver.data[transport]) as between:
+        d.endpoint._receiver.data = {transport: between.address}
+        p.open(KEY, d.peer, BLOCK_SIZE)
+        await d.events.next(Wanted)
+        while not p.endpoint.stats().links_over:
+            await asyncio.sleep(0.001)
+        between.swallow = True
+        d.grant(KEY, {0: 0})
+        await p.events.next(Ticketed)
+        p.offer(KEY, [0])
+        p.finish(KEY)
+        assert (await p.events.next(Broken)).reason == "stalled"
+        between.swallow = False
+        await d.events.next(Returned)
+        async with asyncio.timeout(10):
+            while between.num_connections < 2:
+                await asyncio.sleep(0.001)
+        content = p.pool.fill(3, "another")
+        p.open(Key(8, 1), d.peer, BLOCK_SIZE)
+        await d.events.next(Wanted)
+        d.grant(Key(8, 1), {0: 5})
+        p.offer(Key(8, 1), [3])
+        p.finish(Key(8, 1))
+        assert await d.events.next(Arrived) == Arrived(Key(8, 1), FIRST, 64)
+        assert d.pool.read(5) == content
+
+
 async def test_a_transport_on_which_nothing_lands_is_left() -> None:
     """It can be connected, as often as one likes; the third round goes over the next transport."""
     block_bytes = 1 << 18

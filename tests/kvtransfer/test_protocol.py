@@ -31,6 +31,7 @@ TO_SENDER: list[p.ToSender] = [
     p.Renew(1, (2, 3), 4),
 ]
 HEADER = p.DataHeader(1, bytes(16), 2, 1, (p.DataBlock(0, 5, 6, 16, (1 << 64) - 1),), WIRE)
+LAST = p.DataHeader(1, bytes(16), 2, 1, HEADER.blocks, WIRE, p.End.of((First(0, 9, None),)))
 
 
 @pytest.mark.parametrize("message", TO_RECEIVER, ids=lambda message: type(message).__name__)
@@ -47,13 +48,25 @@ def test_to_sender(message: p.ToSender) -> None:
         p.decode_for_receiver(p.encode(message))
 
 
-def test_header() -> None:
-    assert p.decode_header(memoryview(p.encode(HEADER))) == HEADER
+@pytest.mark.parametrize("header", [HEADER, LAST])
+def test_header(header: p.DataHeader) -> None:
+    assert p.decode_header(memoryview(p.encode(header))) == header
+
+
+def test_the_first_tokens_of_a_header() -> None:
+    first = (First(0, 9, None, 5), First(1, 10, None))
+    end = p.End.of(first)
+    assert end.read() == first
+    for i in range(len(end.first)):
+        damaged = bytearray(end.first)
+        damaged[i] ^= 1
+        assert p.End(bytes(damaged), end.digest).read() is None
+    assert p.End(b"", p.End.of(()).digest).read() is None
 
 
 def test_damaged_bytes_are_a_message_or_a_protocol_error() -> None:
     draw = random.Random(1)
-    for message in [*TO_RECEIVER, *TO_SENDER, HEADER]:
+    for message in [*TO_RECEIVER, *TO_SENDER, HEADER, LAST]:
         for _ in range(300):
             data = bytearray(p.encode(message))
             for _ in range(draw.randint(1, 3)):

@@ -2,15 +2,20 @@
 
 from random import Random
 
+import pytest
+
 from common.config import TimerConfig
 from kvtransfer import protocol as p
-from kvtransfer.commands import Grant, Key, Slot
+from kvtransfer.commands import Arrived, Grant, Key, Slot
+from kvtransfer.incoming import Landing
 from kvtransfer.receiver import Receiver
 from kvtransfer.stats import TransferStats
 from kvtransfer.timers import Timers
+from tests.kvtransfer.node import FIRST
 from tests.kvtransfer.pool import BLOCK_SIZE, WIRE, identity
 
 TIMERS = Timers.of(TimerConfig())
+END = p.End.of(FIRST)
 
 
 def greet(receiver: Receiver, number: int) -> p.Welcome:
@@ -94,3 +99,144 @@ def test_slow_is_no_stall() -> None:
     assert receiver.num_live == 3
     receiver.tick(now + 1.1 * TIMERS.stall_s)
     assert receiver.num_live == 0
+
+
+def begin(number: int, num_blocks: int, round: int = 0) -> p.Begin:
+    """Of sender 1."""
+    return p.Begin(
+        key=Key(number, 1),
+        transfer=number,
+        source_epoch=1,
+        destination_epoch=1,
+        num_tokens=num_blocks * BLOCK_SIZE,
+        round=round,
+    )
+
+
+def said(receiver: Receiver) -> list[p.ToSender]:
+    messages = [message for _, message in receiver.outbox]
+    receiver.outbox.clear()
+    return messages
+
+
+def granted(num_blocks: int) -> tuple[Receiver, p.Ticket]:
+    """A receiver that gave a ticket for transfer 2 of sender 1."""
+    receiver = make("tcp")
+    greet(receiver, 1)
+    receiver.message(b"1", begin(2, num_blocks), 0.0)
+    slots = tuple(Slot(position, 10 + position, 1) for position in range(num_blocks))
+    receiver.command(Grant(Key(2, 1), slots), 0.0)
+    [ticket] = said(receiver)
+    assert isinstance(ticket, p.Ticket)
+    return receiver, ticket
+
+
+def data(ticket: p.Ticket, *positions: int, end: p.End | None = None) -> p.DataHeader:
+    """A message of these blocks, whose digests are 5."""
+    slots = {slot.position: slot for slot in ticket.slots}
+    blocks = tuple(p.DataBlock(i, slots[i].block, 1, BLOCK_SIZE, 5) for i in positions)
+    return p.DataHeader(ticket.transfer, ticket.secret, 1, ticket.round, blocks, WIRE, end)
+
+
+def accept(receiver: Receiver, header: p.DataHeader, now: float = 0.0) -> Landing:
+    landing = receiver.accept(header, 64 * len(header.blocks), now)
+    assert landing is not None
+    return landing
+
+
+def land(receiver: Receiver, header: p.DataHeader) -> None:
+    receiver.landed(accept(receiver, header), [5] * len(header.blocks), 0.0)
+
+
+def test_the_last_message_says_what_close_would() -> None:
+    receiver, ticket = granted(2)
+    land(receiver, data(ticket, 0))
+    assert said(receiver) == [p.Landed(2, (0,))]
+    land(receiver, data(ticket, 1, end=END))
+    assert said(receiver) == [p.Ack(2)]
+    assert receiver.events[-1] == Arrived(Key(2, 1), FIRST, 128)
+    receiver.message(b"1", p.Close(2, 1, 2, FIRST), 0.5)  # the Ack was lost
+    assert said(receiver) == [p.Ack(2)]
+
+
+def test_what_did_not_come_before_the_last_message_is_asked_for_again() -> None:
+    receiver, ticket = granted(3)
+    land(receiver, data(ticket, 1))
+    last = data(ticket, 2, end=END)
+    land(receiver, last)
+    again = p.Ticket(2, 2, ticket.secret, 0, ticket.slots[:1])
+    assert said(receiver) == [p.Landed(2, (1,)), p.Landed(2, (2,)), again]
+    assert receiver.accept(last, 64, 0.0) is None  # doubled: it is the end of the round before
+    assert said(receiver) == [p.Landed(2, (2,))]
+    land(receiver, data(again, 0, end=END))
+    assert said(receiver) == [p.Ack(2)]
+    assert receiver.events[-1] == Arrived(Key(2, 1), FIRST, 3 * 64)
+
+
+def test_an_end_of_an_earlier_round_is_not_the_end_of_this_one() -> None:
+    """The sender asked for another round while its last message was on the way."""
+    receiver, ticket = granted(2)
+    receiver.message(b"1", begin(2, 2, round=1), 0.0)
+    [again] = said(receiver)
+    assert again == p.Ticket(2, 2, ticket.secret, 0, ticket.slots)
+    land(receiver, data(ticket, 1, end=END))
+    assert said(receiver) == [p.Landed(2, (1,))]
+    land(receiver, data(ticket, 0))
+    assert said(receiver) == [p.Ack(2)]
+
+
+def test_first_tokens_that_were_damaged_are_not_believed() -> None:
+    receiver, ticket = granted(2)
+    land(receiver, data(ticket, 0, 1, end=p.End(END.first[:-1] + b"\0", END.digest)))
+    assert said(receiver) == [p.Landed(2, (0, 1))]
+    assert receiver._stats.digest_errors == 1
+    receiver.message(b"1", p.Close(2, 1, 2, FIRST), 0.5)
+    assert said(receiver) == [p.Ack(2)]
+    assert receiver.events[-1] == Arrived(Key(2, 1), FIRST, 128)
+
+
+def test_a_copy_that_fails_after_the_last_message_is_asked_for_again() -> None:
+    """Blocks that are copied at this moment are not missing, until they turn out to be."""
+    receiver, ticket = granted(2)
+    slow = accept(receiver, data(ticket, 0))
+    land(receiver, data(ticket, 1, end=END))
+    assert said(receiver) == [p.Landed(2, (1,))]
+    receiver.landed(slow, [6], 0.0)
+    again = p.Ticket(2, 2, ticket.secret, 0, ticket.slots[:1])
+    assert said(receiver) == [p.Landed(2, ()), again]
+
+
+def test_a_transfer_without_a_ticket_is_told_to_wait_once_for_each_question() -> None:
+    receiver = make("tcp")
+    greet(receiver, 1)
+
+    def told(now: float) -> int:
+        receiver.tick(now)
+        return sum(isinstance(message, p.Waiting) for message in said(receiver))
+
+    for now in (0.0, 0.5):
+        receiver.message(b"1", begin(2, 1), now)
+        assert not said(receiver)  # the ticket may come in a moment
+        assert [told(now + 0.1), told(now + 0.2)] == [1, 0]
+    receiver.message(b"1", begin(2, 1), 1.0)
+    receiver.command(Grant(Key(2, 1), (Slot(0, 10, 1),)), 1.0)
+    assert told(1.1) == 0
+
+
+@pytest.mark.parametrize("how", ["header", "close"])
+def test_what_was_computed_for_long_may_still_be_on_its_way(how: str) -> None:
+    """Nothing moved since the ticket, and the sender's engine made steps all the time: from its
+    last word on the blocks have as long as ever."""
+    receiver, ticket = granted(1)
+    now = 0.0
+    while now < 3 * TIMERS.stall_s:
+        now += 1.0
+        receiver.message(b"1", p.Progress(int(now), 0.1), now)
+        receiver.tick(now)
+    if how == "close":
+        receiver.message(b"1", p.Close(2, 1, 1, FIRST), now)
+        receiver.tick(now + 0.1)
+    landing = accept(receiver, data(ticket, 0, end=END), now + 0.2)
+    receiver.tick(now + 0.3)
+    receiver.landed(landing, [5], now + 0.4)
+    assert receiver.events[-1] == Arrived(Key(2, 1), FIRST, 64)

@@ -2,8 +2,10 @@
 
 import asyncio
 import errno
+import os
 import signal
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -32,6 +34,12 @@ def helper(of: Node) -> UcxListener:
     listener = of.endpoint._listeners["ucx"]
     assert isinstance(listener, UcxListener)
     return listener
+
+
+def cpu_s(pid: int) -> float:
+    """Processor time of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def keep_way(of: Node, way: str) -> None:
@@ -116,6 +124,9 @@ class TestWhereItIsInstalled:
                 await asyncio.sleep(0.01)
             await ship(p, d, Key(7, 3), 60)
             assert helper(other) is alive and alive._process.poll() is None
+            before_s = cpu_s(alive._process.pid)
+            await asyncio.sleep(1)
+            assert cpu_s(alive._process.pid) - before_s < 0.5  # it sleeps again
 
     async def test_a_helper_that_hangs_is_ended(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(ucx_transport, "MAX_SILENCE", 1)

@@ -138,9 +138,9 @@ class Scene:
         ]:
             os.close(fd)
 
-    def connect(self, number: int) -> Connection:
-        """To a peer that has the tag 5 for it."""
-        door = m.Door(self.helper._sides[0].way, b"there", b"", 5)
+    def connect(self, number: int, bulk: bytes = b"") -> Connection:
+        """To a peer that has the tag 5 for it; `bulk`: where it wants bodies, if apart."""
+        door = m.Door(self.helper._sides[0].way, b"there", bulk, 5)
         self.helper._obey(m.Connect(number, m.address_of([door])), [])
         return self.helper._connections[number]
 
@@ -234,6 +234,30 @@ def test_a_helper_ends_before_it_has_grown_large(
     scene.answer(scene.connect(4))
     with pytest.raises(SystemExit, match="2 endpoints are over"):
         scene.helper._obey(m.HangUp(4), [])
+
+
+def complete(*endpoints: Any) -> None:
+    for endpoint in endpoints:
+        for _, request in endpoint.sent:
+            request.completed = True
+
+
+def test_shipments_that_do_not_end_are_not_piled_up(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each keeps what it reads, and is looked at again and again."""
+    monkeypatch.setattr(ucx_process, "MAX_LEAVING", 2)
+    for number, fits in ((0, True), (2, False)):
+        connection = scene.connect(number, bulk=b"bulk")
+        scene.answer(connection)
+        for _ in range(2):
+            scene.helper._obey(m.Ship(number, b"header", ((0, 64),)), [])
+        scene.helper._obey(m.HangUp(number), [])
+        complete(connection.endpoint)
+        if fits:
+            scene.turn()
+    with pytest.raises(SystemExit, match="too many shipments"):
+        scene.turn()
 
 
 def test_a_helper_is_alive_while_something_moves_all_the_time(
