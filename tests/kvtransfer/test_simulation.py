@@ -144,5 +144,5 @@ def test_the_simulation_bites(
     else:
         monkeypatch.setattr(owner, name, mutant)
     with pytest.raises((AssertionError, KeyError)):
-        for seed in range(300):
+        for seed in range(1000):
             run(seed)
