@@ -77,8 +77,9 @@ def test_conversation(served: Deployment, tmp_path: Path) -> None:
     assert summary["completed"] == 9
     assert not summary["answers_unknown"]
     # Turn 2 continues 64 tokens, turn 3 128. A prefill worker has computed their prompts: 40 and
-    # 104 tokens in whole blocks of 16; the answers were written by the decode worker.
-    assert summary["cached_tokens"] == 3 * (32 + 96)
+    # 104 tokens in whole blocks of 16; the answers were written by the decode worker, which has all
+    # but their last token, and from which they are fetched where that costs less.
+    assert summary["cached_tokens"] in range(3 * (32 + 96), 3 * (48 + 112) + 1, 16)
 
 
 def test_trace(served: Deployment, tmp_path: Path) -> None:
