@@ -91,7 +91,22 @@ def _command(pid: str) -> bytes:
     return Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
-class Memcpy:
+class _Alone:
+    """What happens in this process alone, where several at a time are one after the other."""
+
+    async def one(self, blocks: int) -> None:
+        raise NotImplementedError
+
+    async def many(self, blocks: int, seconds: float) -> int:
+        ends = time.perf_counter() + seconds
+        count = 0
+        while not count or time.perf_counter() < ends:
+            await self.one(blocks)
+            count += 1
+        return count
+
+
+class Memcpy(_Alone):
     """From one half of the pool to the other, in this process alone."""
 
     name = "memcpy"
@@ -117,19 +132,11 @@ class Memcpy:
                 there = np.frombuffer(self._pool.slab(source), np.uint8)
                 np.copyto(np.frombuffer(slab, np.uint8), there)
 
-    async def many(self, blocks: int, seconds: float) -> int:
-        ends = time.perf_counter() + seconds
-        count = 0
-        while not count or time.perf_counter() < ends:
-            await self.one(blocks)
-            count += 1
-        return count
-
     async def close(self) -> None:
         self._whole.release()
 
 
-class Digest:
+class Digest(_Alone):
     """Reading and digesting blocks, as the sender does, in this process alone."""
 
     name = "digest"
@@ -143,14 +150,6 @@ class Digest:
         base = self._turn % groups_of(self._pool.num_blocks, blocks) * blocks
         self._turn += 1
         digest_blocks(self._pool.run(base, blocks), self._pool.block_bytes)
-
-    async def many(self, blocks: int, seconds: float) -> int:
-        ends = time.perf_counter() + seconds
-        count = 0
-        while not count or time.perf_counter() < ends:
-            await self.one(blocks)
-            count += 1
-        return count
 
     async def close(self) -> None:
         """It holds nothing."""

@@ -19,11 +19,11 @@ from router.health import (
     Pace,
     RetryBudget,
 )
-from router.request import Attempt
 from tests.client import complete, stream
 from tests.router.conftest import Deploy
 from tests.router.deployment import until
 from tests.router.stub_worker import expected
+from tests.router.test_fleet import attempt
 from tests.router.test_recovery import idle
 from tests.worker_info import worker_info
 
@@ -140,18 +140,6 @@ def test_a_fleet_suspends_no_whole_role() -> None:
     assert [c.id for c in fleet.snapshot() if c.ready] == ["d0", "d1"]
     now = OPEN_S[0]
     assert [c.id for c in fleet.snapshot() if c.ready] == ["d0", "d1"]
-
-
-def attempt(prefill: str | None, decode: str | None) -> Attempt:
-    return Attempt(
-        number=1,
-        choices=(0, 1),
-        prefill=prefill,
-        decode=decode,
-        prefill_tokens=30,
-        kv_tokens=50,
-        first=True,
-    )
 
 
 def test_a_worker_with_long_streams_is_tried_again_beside_them() -> None:
